@@ -64,17 +64,28 @@ def execute(path):
     return nb
 
 
+def last_picture(state, model_id):
+    "The picture that a widget, or a widget inside it, shows last: what `interact` drew."
+    model = state.get(model_id, {}).get("state", {})
+    for out in reversed(model.get("outputs", [])):
+        if "image/png" in out.get("data", {}):
+            return out["data"]["image/png"]
+    children = [c.removeprefix("IPY_MODEL_") for c in model.get("children", [])]
+    return next((png for c in reversed(children) if (png := last_picture(state, c))), None)
+
+
 def without_widget_state(nb):
-    "Widgets keep their picture and static HTML; their state, full of random ids, is dropped."
-    nb.metadata.pop("widgets", None)
+    "Widgets keep their picture or static HTML; their state, full of random ids, is dropped."
+    states = nb.metadata.pop("widgets", {}).get("application/vnd.jupyter.widget-state+json", {}).get("state", {})
     for cell in nb.cells:
         kept = []
         for out in cell.get("outputs", []):
             data = out.get("data", {})
-            if "application/vnd.jupyter.widget-view+json" in data:
-                data.pop("application/vnd.jupyter.widget-view+json")
+            if view := data.pop("application/vnd.jupyter.widget-view+json", None):
                 if not {"text/html", "image/png"} & set(data):
-                    continue  # a progress bar, or a widget without a static twin
+                    if not (picture := last_picture(states, view["model_id"])):
+                        continue  # a progress bar
+                    data["image/png"] = picture
                 data["text/plain"] = "interactive: run this cell in JupyterLab"
             kept.append(out)
         if "outputs" in cell:
