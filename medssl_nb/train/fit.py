@@ -101,7 +101,7 @@ class History:
         shown.update({k: (self.health["step"], v) for k, v in self.health.items() if k != "step"})
         figure = Figure(figsize=(min(3 * len(shown), 12), 2.6 * -(-len(shown) // 4)), layout="constrained")
         axes = figure.subplots(-(-len(shown) // 4), min(len(shown), 4), squeeze=False).flat
-        for axis, (name, (steps, values)) in zip(axes, shown.items()):
+        for (name, (steps, values)), axis in zip(shown.items(), axes):
             axis.plot(steps, values, lw=1)
             axis.set(title=name, xlabel="step")
         for axis in axes:  # the iterator goes on behind the last plot
