@@ -195,7 +195,7 @@ def test_segmenter_shapes_and_gradient(dims, skips):
 
 def test_segmenter_learns_a_planted_square():
     model = Segmenter(small(), 2)
-    fit(model, planted(32), steps=30, batch_size=8, lr=3e-3, device="cpu", precision="fp32", progress=False)
+    fit(model, planted(64), steps=60, batch_size=16, lr=1e-2, device="cpu", precision="fp32", progress=False)
     fresh = planted(12, seed=9).stack()
     found = model.predict(fresh.x).argmax(1)
     assert 2 * (found * fresh.masks).sum() / (found + fresh.masks).sum() > 0.8

@@ -102,7 +102,7 @@ def mosaic(rows: list, title: str):
             axis.set(xticks=[], yticks=[])
             axis.set_frame_on(False)
             if i < len(images):
-                image = images[i, 0].float().cpu()
+                image = images[i, 0].float().cpu().numpy()
                 axis.imshow(image[len(image) // 2] if image.ndim == 3 else image, cmap="gray")
                 axis.set_xlabel(captions[i] if captions else "", fontsize=8)
         axes[0].set_ylabel(name, fontsize=9)

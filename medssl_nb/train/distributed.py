@@ -31,8 +31,8 @@ class _Sum(torch.autograd.Function):
 def joined_moments(x):
     "Mean and biased variance a channel of (B, C, ...) over the batches of all processes, and the number of values."
     space = [0, *range(2, x.ndim)]
-    x = x.float()
-    count = torch.tensor(float(x.numel() // x.shape[1]), device=x.device)
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    count = torch.tensor(x.numel() // x.shape[1], device=x.device, dtype=x.dtype)
     dist.all_reduce(count)
     mean = _Sum.apply(x.sum(space)) / count
     shape = [1, -1] + [1] * (x.ndim - 2)
@@ -57,7 +57,7 @@ class JoinedBatchNorm(nn.modules.batchnorm._BatchNorm):
                 self.running_mean.lerp_(mean, m)
                 self.running_var.lerp_(variance * count / (count - 1), m)
         shape = [1, -1] + [1] * (x.ndim - 2)
-        y = (x.float() - mean.view(shape)) * torch.rsqrt(variance + self.eps).view(shape)
+        y = (x - mean.view(shape)) * torch.rsqrt(variance + self.eps).view(shape)
         if self.affine:
             y = y * self.weight.view(shape) + self.bias.view(shape)
         return y.to(x.dtype)

@@ -259,7 +259,7 @@ def _look(run, pretext):
     run.model.train()
     found = health(*embedded)
     run.history.record(run.history.health, {"step": run.history.steps, **found})
-    if run.history.collapsed_at is None and (wrong := diagnosis(found)):
+    if run.history.collapsed_at is None and (wrong := diagnosis(found, min(len(embedded[0]) - 1, embedded[0].shape[1]))):
         run.history.collapsed_at = run.history.steps
         warnings.warn(f"step {run.history.steps}: {wrong}. See the notebook on health for what to try", CollapseWarning, stacklevel=4)
 
@@ -269,7 +269,7 @@ def _wrap(run):
     if run.world == 1:
         return run.model
     ids = [run.device.index] if run.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(run.model, device_ids=ids, broadcast_buffers=False)
+    return nn.parallel.DistributedDataParallel(run.model, device_ids=ids)
 
 
 def _train(run, images, stream, checkpoint, checkpoint_every, progress, on_step):

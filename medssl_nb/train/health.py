@@ -44,10 +44,10 @@ def health(z: Tensor, other: "Tensor | None" = None) -> dict:
     return {name: value.item() for name, value in found.items()}
 
 
-def diagnosis(found: dict) -> "str | None":
-    "What is wrong with an embedding, or None. Takes what `health` returns."
+def diagnosis(found: dict, possible: "int | None" = None) -> "str | None":
+    "What is wrong with an embedding, or None. Takes what `health` returns; a rank of at most `possible` < 8 is not judged."
     if found["spread"] < 0.01:
         return f"the embedding has collapsed: all images get nearly the same (spread {found['spread']:.1e}, 1 is best)"
-    if found["effective rank"] < 2:
+    if found["effective rank"] < 2 and not (possible and possible < 8):
         return f"the embedding has collapsed to {found['effective rank']:.1f} direction(s)"
     return None

@@ -128,7 +128,7 @@ def _paint_boxes(x: Tensor, inside: bool, generator=None) -> Tensor:
         goes_on[:, 0] = True  # out-painting always keeps one window
     return torch.stack([starts, starts + sides], 2) * goes_on.int().cumprod(1)[:, :, None, None]
 
-
+# %% ../../nbs/1_start/06_views_corruption.ipynb #8aaa7e80
 def random_paint(x: Tensor, p=0.9, inside=0.2, generator=None):
     "Paint each image with probability `p`: inside boxes with probability `inside`, else outside; returns the batch and `{\"boxes\", \"values\", \"outside\"}`."
     painted, within = chance(x, p, generator), chance(x, inside, generator)

@@ -137,7 +137,7 @@ def interpolation(mode: str) -> str:
         raise ValueError(f"mode {mode!r}: use 'linear' for images and 'nearest' for masks")
     return mode
 
-
+# %% ../../nbs/1_start/04_views_geometry.ipynb #e12ffc20
 def crop_resize(x: Tensor, boxes: Tensor, size=None, mode: str = "linear") -> Tensor:
     """Cut a box out of each image and bring all to one `size`.
 
@@ -222,7 +222,7 @@ def _grid(matrix: Tensor, space: tuple, size: tuple) -> Tensor:
         parts.append(part)
     return torch.stack(parts, -1)
 
-
+# %% ../../nbs/1_start/04_views_geometry.ipynb #7e777dbe
 def affine(x: Tensor, matrix: Tensor, size=None, mode: str = "linear", padding: str = "border") -> Tensor:
     """Read each image through the affine map `matrix`, `(B, d, d + 1)` in voxels from the centre (see `affine_matrix`).
 

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['IDENTITY', 'moments', 'standardise', 'brightness', 'random_brightness', 'contrast', 'random_contrast', 'gamma',
            'random_gamma', 'bezier_curve', 'bezier', 'random_bezier', 'blur', 'random_blur', 'noise', 'random_noise',
-           'inside_boxes', 'cutout', 'random_cutout', 'patch_swap', 'patch_size', 'random_patch_swap']
+           'inside_boxes', 'cutout', 'random_cutout', 'patch_size', 'patch_swap', 'random_patch_swap']
 
 # %% ../../nbs/1_start/05_views_intensity.ipynb #d5042c6e
 import torch
@@ -92,7 +92,7 @@ def bezier_curve(points: Tensor, samples: int = 1000):
     xy = xy.cummax(-1).values  # where the curve is flat, rounding must not make it fall
     return xy[:, 0].contiguous(), xy[:, 1].contiguous()
 
-
+# %% ../../nbs/1_start/05_views_intensity.ipynb #e429a470
 def bezier(x: Tensor, points: Tensor, decreasing: Tensor) -> Tensor:
     """Send each image, mapped to [0, 1] by its own range, through its Bézier curve, and map it back.
 
@@ -112,7 +112,7 @@ def bezier(x: Tensor, points: Tensor, decreasing: Tensor) -> Tensor:
     same = (points == torch.tensor(IDENTITY, device=x.device)).flatten(1).all(1) & ~decreasing
     return torch.where(same.view(-1, *[1] * (x.ndim - 1)), x, (low + span * mapped.view_as(unit)).to(x.dtype))
 
-
+# %% ../../nbs/1_start/05_views_intensity.ipynb #3b8417f5
 def random_bezier(x: Tensor, p=0.9, decreasing=0.5, generator=None):
     "A random intensity curve for each image, falling with probability `decreasing`; returns the batch and `{\"points\", \"decreasing\"}`."
     applied = chance(x, p, generator)
@@ -186,6 +186,14 @@ def random_cutout(x: Tensor, count: int = 3, side=(0.1, 0.3), fill: float = 0.0,
     return cutout(x, boxes, fill), {"boxes": boxes}
 
 # %% ../../nbs/1_start/05_views_intensity.ipynb #ca59513f
+def patch_size(size, space: tuple) -> tuple:
+    "The patch's size as one number an axis, checked: two of them must fit side by side."
+    size = (size,) * len(space) if isinstance(size, int) else tuple(size)
+    if len(size) != len(space) or min(size) < 1 or any(s > n for s, n in zip(size, space)) or all(2 * s > n for s, n in zip(size, space)):
+        raise ValueError(f"patches of {size} voxels: two must fit side by side into an image of {tuple(space)}")
+    return size
+
+
 def patch_swap(x: Tensor, first: Tensor, second: Tensor, size) -> Tensor:
     """Swap the patches at `first[:, k]` and `second[:, k]`, for k = 0, 1, ... in turn, each on the result of the last.
 
@@ -206,15 +214,7 @@ def patch_swap(x: Tensor, first: Tensor, second: Tensor, size) -> Tensor:
         y.scatter_(2, here, y.gather(2, there)).scatter_(2, there, kept)
     return y.view_as(x)
 
-
-def patch_size(size, space: tuple) -> tuple:
-    "The patch's size as one number an axis, checked: two of them must fit side by side."
-    size = (size,) * len(space) if isinstance(size, int) else tuple(size)
-    if len(size) != len(space) or min(size) < 1 or any(s > n for s, n in zip(size, space)) or all(2 * s > n for s, n in zip(size, space)):
-        raise ValueError(f"patches of {size} voxels: two must fit side by side into an image of {tuple(space)}")
-    return size
-
-
+# %% ../../nbs/1_start/05_views_intensity.ipynb #620e0676
 def random_patch_swap(x: Tensor, size, count: int = 10, p=1.0, generator=None, tries: int = 8):
     "Swap `count` random pairs of patches; returns the batch and `{\"first\", \"second\"}`. A pair that overlaps in all tries stays."
     space = spatial_shape(x)

@@ -30,12 +30,26 @@ def read_view(x: Tensor, matrix: Tensor, size: tuple, mode: str = "linear") -> T
     return affine(x, matrix, size, mode)
 
 # %% ../../nbs/1_start/07_views_recipes.ipynb #5aeef957
+def _random_matrix(x, size, scale, ratio, flip_axes, degrees, spacing, generator):
+    "Draw boxes, flips and angles, and multiply them into one matrix an image."
+    space = spatial_shape(x)
+    d = len(space)
+    if any(not 0 <= a < d for a in flip_axes):
+        raise ValueError(f"flip_axes {tuple(flip_axes)}: a batch with {d} spatial axes has the axes 0 to {d - 1}")
+    angles = uniform(x, (1 if d == 2 else 3,), -degrees, degrees, generator)
+    zeros, ones = torch.zeros(len(x), d, device=x.device), torch.ones(len(x), d, device=x.device)
+    turning = affine_matrix(angles, ones, zeros, torch.zeros(len(x), d, d, device=x.device), spacing)[:, :, :d]
+    allowed = torch.tensor([a in flip_axes for a in range(d)], device=x.device)
+    flips = (uniform(x, (d,), generator=generator) < 0.5) & allowed
+    return view_matrix(random_boxes(x, size, scale, ratio, generator), flips, turning, space, size)
+
+
 def make_view(x: Tensor, matrix: Tensor, log_gamma: Tensor, sigma: Tensor, values: Tensor) -> Tensor:
     "The view that `augment` drew, made again: geometry, gamma, blur, noise, normalisation. Its size is that of `values`."
     y = read_view(x, matrix, values.shape[2:]).float()
     return standardise(noise(blur(gamma(y, log_gamma), sigma), values)).to(x.dtype)
 
-
+# %% ../../nbs/1_start/07_views_recipes.ipynb #7074e07a
 def augment(
     x: Tensor, size=None, generator=None, *, scale=(0.5, 1.0), ratio=(0.8, 1.25), flip_axes=(), degrees=15.0,
     log_gamma=0.4, sigma=(0.1, 1.5), noise=(0.0, 0.2), p=(0.8, 0.5, 0.5), spacing=None,
@@ -58,20 +72,6 @@ def augment(
     values = torch.randn(*x.shape[:2], *size, generator=generator, device=x.device)
     drawn["values"] = values.mul_(strength.view(-1, *[1] * (x.ndim - 1)) * moments(x)[1])
     return make_view(x, **drawn), drawn
-
-
-def _random_matrix(x, size, scale, ratio, flip_axes, degrees, spacing, generator):
-    "Draw boxes, flips and angles, and multiply them into one matrix an image."
-    space = spatial_shape(x)
-    d = len(space)
-    if any(not 0 <= a < d for a in flip_axes):
-        raise ValueError(f"flip_axes {tuple(flip_axes)}: a batch with {d} spatial axes has the axes 0 to {d - 1}")
-    angles = uniform(x, (1 if d == 2 else 3,), -degrees, degrees, generator)
-    zeros, ones = torch.zeros(len(x), d, device=x.device), torch.ones(len(x), d, device=x.device)
-    turning = affine_matrix(angles, ones, zeros, torch.zeros(len(x), d, d, device=x.device), spacing)[:, :, :d]
-    allowed = torch.tensor([a in flip_axes for a in range(d)], device=x.device)
-    flips = (uniform(x, (d,), generator=generator) < 0.5) & allowed
-    return view_matrix(random_boxes(x, size, scale, ratio, generator), flips, turning, space, size)
 
 # %% ../../nbs/1_start/07_views_recipes.ipynb #721d7a95
 def view_mask(masks: Tensor, matrix: Tensor, size=None) -> Tensor:
