@@ -106,11 +106,10 @@ RUN_ALL = """async () => {
   const until = async test => { for (let i = 0; i < 2400; i++) { if (await test()) return; await new Promise(r => setTimeout(r, 100)) }
                                 throw new Error('waited in vain for ' + test) }
   await until(() => window.jupyterapp && window.jupyterapp.shell.currentWidget && window.jupyterapp.shell.currentWidget.context)
-  const app = window.jupyterapp, panel = app.shell.currentWidget
+  const app = window.jupyterapp, panel = app.shell.currentWidget, session = panel.sessionContext
   await panel.context.ready
-  await panel.sessionContext.ready
-  await until(() => panel.sessionContext.session && panel.sessionContext.session.kernel)
-  await panel.sessionContext.session.kernel.info
+  await until(() => session.isReady && session.session && session.session.kernel && session.session.kernel.connectionStatus == 'connected')
+  await session.session.kernel.info
   await app.commands.execute('notebook:run-all-cells')
 }"""
 OUTPUTS = """async () => {

@@ -6,6 +6,7 @@ __all__ = ['LARGEST', 'NIFTI', 'DICOM', 'PICTURES', 'ARRAYS', 'KINDS', 'PERSONAL
            'Mapped', 'folder']
 
 # %% ../../nbs/6_practice/01_your_own_data.ipynb #4794f64f
+import gzip
 import hashlib
 import json
 import os
@@ -85,6 +86,17 @@ def _one_volume(path, shape, four_d):
                      "four_d='channels' to make them channels, or save one volume a file")
 
 # %% ../../nbs/6_practice/01_your_own_data.ipynb #82901a3a
+def _voxels(path, image, shape):
+    "All voxels of an opened NIfTI file in this shape; a compressed file is read to its end, where its checksum stands."
+    if str(path).lower().endswith(".gz"):
+        with gzip.open(path) as file:
+            content = file.read(image.dataobj.offset + int(np.prod(shape)) * image.get_data_dtype().itemsize)
+            while file.read(2**20):
+                pass
+        image = type(image).from_bytes(content)
+    return np.asanyarray(image.dataobj).reshape(shape, order="F")
+
+
 def read_nifti(path, four_d=None, largest=LARGEST):
     "A NIfTI file as `(image (C, D, H, W), spacing in mm)`, axes up, back and left. Bad files: a ValueError."
     import nibabel as nib
@@ -95,11 +107,11 @@ def read_nifti(path, four_d=None, largest=LARGEST):
     except Exception as error:
         raise ValueError(f"{path} is not a NIfTI file, whatever its name says ({type(error).__name__}); "
                          "save it as NIfTI, or leave it out") from error
-    packed = 1100 if str(path).endswith("gz") else 1  # deflate shrinks at most 1032 times
+    packed = 1100 if str(path).lower().endswith(".gz") else 1  # deflate shrinks at most 1032 times
     _claims(path, shape, kind.itemsize, largest, packed)
     shape, volumes = _one_volume(path, shape, four_d)
     try:
-        data = np.asanyarray(image.dataobj).reshape(shape, order="F")[..., volumes]
+        data = _voxels(path, image, shape)[..., volumes]
     except Exception as error:
         raise ValueError(f"{path} is truncated or damaged ({type(error).__name__}); copy it again, or leave it out") from error
     try:
@@ -433,8 +445,9 @@ def _decathlon(root):
 def _meant(tops, found):
     "What the first folders mean: classes, parts (an error), or nothing that is sure."
     count = Counter(top for top in tops if top)
-    patients = {(top, f.group) for top, f in zip(tops, found)}
-    by_patient = any(f.private for f in found) or all(f.group for f in found) and len(patients) == len(count)
+    pairs = {(top, f.group) for top, f in zip(tops, found)}
+    known = all(f.group for f in found)
+    by_patient = any(f.private for f in found) or known and (len(pairs) == len(count) or len(pairs) > len({g for _, g in pairs}))
     if None in tops or len(count) < 2 or max(count.values()) == 1 or by_patient:
         return "plain"
     if {top.lower() for top in count} <= {"train", "training", "val", "valid", "validation", "test", "testing"}:

@@ -7,6 +7,7 @@ __all__ = ['MEDMNIST', 'ORGANS', 'CLASSES', 'PARTS', 'TASKS', 'data_folder', 'St
 import os
 import re
 import shutil
+import tempfile
 import uuid
 import zipfile
 from collections.abc import Sequence
@@ -191,16 +192,20 @@ def task_name(task) -> str:
 # %% ../../nbs/6_practice/02_published_datasets.ipynb #52eba2b2
 def _fetch(task, root, download):
     "Unpack a task's tar file in `root`, downloaded first if allowed; checked by its MD5."
-    from monai.apps import DecathlonDataset
+    from monai.apps import DecathlonDataset, download_url, extractall
 
-    advice = (f"fetch {DecathlonDataset.resource[task]} (MD5 {DecathlonDataset.md5[task]}) "
-              f"and put it, packed or unpacked, into {root}")
-    if not download and not (root / f"{task}.tar").is_file():
+    url, md5, tar = DecathlonDataset.resource[task], DecathlonDataset.md5[task], root / f"{task}.tar"
+    advice = f"fetch {url} (MD5 {md5}) and put it, packed or unpacked, into {root}"
+    if not download and not tar.is_file():
         raise FileNotFoundError(f"{root / task} is not there: pass download=True, or {advice}")
     root.mkdir(parents=True, exist_ok=True)
     try:
-        DecathlonDataset(root, task, "training", download=True, cache_num=0)
-    except Exception as error:
+        if not tar.is_file():
+            download_url(url, tar, md5, "md5")
+        with tempfile.TemporaryDirectory(dir=root) as beside:  # a killed run leaves no half of a data set
+            extractall(tar, beside, md5, "md5")
+            os.replace(Path(beside) / task, root / task)
+    except Exception as error:  # no network, another file, no room on the disk
         raise FileNotFoundError(f"{task} could not be fetched or unpacked ({type(error).__name__}: "
                                 f"{str(error)[:200]}): {advice}") from error
 

@@ -18,7 +18,7 @@ def two_blocks(spatial_dims, in_channels, middle, out_channels, norm):
         ConvNormAct(spatial_dims, middle, out_channels, norm=norm),
     )
 
-
+# %% ../../nbs/2_foundations/06_unet_family.ipynb #50d0fda8
 class UNetEncoder(Encoder):
     """The way down of a U-Net; its maps are those that the skips carry, strides 1, 2, 4, ...
 
@@ -76,41 +76,41 @@ class Up(nn.Module):
         x = fit_to(self.enlarge(x), space)
         return self.blocks(x if skip is None else torch.cat([skip, x], 1))
 
+# %% ../../nbs/2_foundations/06_unet_family.ipynb #14d13b2d
+def _way_up(encoder):
+    "Strides, channels and channels of the skips of a decoder's steps, coarse to fine."
+    strides, channels = encoder.strides[-2::-1], encoder.channels[-2::-1]
+    if encoder.strides[0] == 1:
+        return strides, channels, channels
+    return [*strides, 1], [*channels, max(1, encoder.channels[0] // 2)], [*channels, 0]
+
 # %% ../../nbs/2_foundations/06_unet_family.ipynb #d6494a55
 class Decoder(nn.Module):
     """The way up from an encoder's maps: `decoder(maps, size=None) -> list[Tensor]`, coarse to fine, the last of stride 1.
 
-    skips: join the encoder's maps; keep_channels: the transposed convolution keeps its channels, as in the 3D U-Net,
-    instead of going to those of the next map (default: as the encoder's double_before_pool, else False).
-    channels, strides: of its maps. An encoder that starts at a coarser stride (ResNet) gets one more step without
-    a skip, with half the channels of its first map. size: the image's (*space); needed where the first stride
-    does not divide it.
+    skips: join the encoder's maps; keep_channels: the transposed convolution keeps its channels, as in the 3D U-Net
+    (default: as the encoder's double_before_pool, else False); channels, strides: of the decoder's maps.
+    size: the image's (*space), needed only where the encoder's first stride is above 1 and does not divide it.
     """
 
     def __init__(self, encoder, skips=True, keep_channels=None, norm="batch"):
         super().__init__()
         keep = getattr(encoder, "double_before_pool", False) if keep_channels is None else keep_channels
-        strides, widths, joined = encoder.strides[-2::-1], encoder.channels[-2::-1], encoder.channels[-2::-1]
-        if encoder.strides[0] > 1:
-            strides, widths, joined = [*strides, 1], [*widths, max(1, encoder.channels[0] // 2)], [*joined, 0]
-        self.skips, self.channels, self.strides = skips, widths, strides
-        before = [(encoder.channels[-1], encoder.strides[-1]), *zip(widths, strides)]
+        self.skips, self.first_stride = skips, encoder.strides[0]
+        self.strides, self.channels, joined = _way_up(encoder)
+        before = [(encoder.channels[-1], encoder.strides[-1]), *zip(self.channels, self.strides)]
         self.steps = nn.ModuleList(
-            Up(encoder.spatial_dims, c, c if keep else width, skip if skips else 0, width, stride_before // stride, norm)
-            for (c, stride_before), width, skip, stride in zip(before, widths, joined, strides)
+            Up(encoder.spatial_dims, c, c if keep else width, skip if skips else 0, width, coarse // stride, norm)
+            for (c, coarse), width, skip, stride in zip(before, self.channels, joined, self.strides)
         )
-        self.first_stride = encoder.strides[0]
         he_normal(self)
 
     def forward(self, maps, size=None):
-        finer = [*maps[-2::-1]]
-        spaces = [m.shape[2:] for m in finer]
-        if self.first_stride > 1:
-            spaces.append(size or tuple(n * self.first_stride for n in maps[0].shape[2:]))
+        spaces = [m.shape[2:] for m in maps[-2::-1]]
+        spaces.append(size or tuple(n * self.first_stride for n in maps[0].shape[2:]))
         x, found = maps[-1], []
-        for i, step in enumerate(self.steps):
-            skip = finer[i] if self.skips and i < len(finer) else None
-            found.append(x := step(x, spaces[i], skip))
+        for step, space, skip in zip(self.steps, spaces, [*maps[-2::-1], None]):
+            found.append(x := step(x, space, skip if self.skips else None))
         return found
 
 # %% ../../nbs/2_foundations/06_unet_family.ipynb #6f0bf0cd

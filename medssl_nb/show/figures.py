@@ -55,7 +55,7 @@ def panels(rows=1, columns=1, width=2.2, height=2.2, title=None, **options):
 
 # %% ../../nbs/1_start/08_pictures.ipynb #625c93b4
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
-REGIONS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442")  # of a mask
+REGIONS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#A48FE0", "#FFFFFF", "#8C5A2B")  # of a mask
 ERRORS = {"missed": "#0072B2", "added": "#D55E00", "wrong region": "#CC79A7"}  # none of them a region's colour
 RANDOM = "#777777"  # random initialisation, in every plot
 

@@ -92,7 +92,7 @@ def predict_volume(model: nn.Module, image: Tensor, size, overlap: float = 0.25,
     size = (size,) * len(space) if isinstance(size, int) else tuple(size)
     if len(size) != len(space) or min(size) < 1 or not 0 <= overlap < 1:
         raise ValueError(f"window {size} with overlap {overlap} does not fit an image of {space}; give one length an axis, and an overlap in [0, 1)")
-    device = next(model.parameters()).device if device is None else torch.device(device)
+    device = device or next((p.device for p in model.parameters()), "cpu")
     model.to(device)
     training = model.training
     model.eval()

@@ -110,9 +110,8 @@ def out_paint(x: Tensor, boxes: Tensor, values: Tensor) -> Tensor:
 # %% ../../nbs/1_start/06_views_corruption.ipynb #339e5df5
 def _noise(x: Tensor, generator=None) -> Tensor:
     "Uniform noise over each image's and channel's own range, shaped as `x`."
-    low, high = torch.aminmax(x.float().flatten(2), dim=2, keepdim=True)
-    shape = (*x.shape[:2], *[1] * (x.ndim - 2))
-    return uniform(x, tuple(x.shape[1:]), low.view(shape), high.view(shape), generator)
+    axes = tuple(range(2, x.ndim))
+    return uniform(x, tuple(x.shape[1:]), x.float().amin(axes, keepdim=True), x.float().amax(axes, keepdim=True), generator)
 
 
 def _paint_boxes(x: Tensor, inside: bool, generator=None) -> Tensor:

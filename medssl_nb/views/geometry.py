@@ -118,9 +118,12 @@ def crop_weights(start: Tensor, end: Tensor, length: int, size: int) -> Tensor:
 def along_axis(x: Tensor, weights: Tensor, axis: int) -> Tensor:
     "Multiply the spatial `axis` (-1 is the last) of a batch by one matrix an image, `(B, size, length)`, in float32."
     with torch.autocast(x.device.type, enabled=False):
-        lines = x.movedim(axis, -1)
-        read = torch.bmm(lines.flatten(1, -2), weights.to(x.dtype).transpose(1, 2))
-    return read.view(*lines.shape[:-1], -1).movedim(-1, axis)
+        weights, lead, rest = weights.to(x.dtype), x.shape[1:axis], x.shape[axis:][1:]
+        if axis == -1:
+            read = torch.bmm(x.flatten(1, -2), weights.mT)
+        else:  # no copy of the image: what lies before and after the axis counts as one each
+            read = weights[:, None] @ x.reshape(len(x), math.prod(lead), x.shape[axis], math.prod(rest))
+    return read.view(len(x), *lead, -1, *rest)
 
 # %% ../../nbs/1_start/04_views_geometry.ipynb #c16bb979
 def output_size(size, space: tuple) -> tuple:
@@ -158,7 +161,7 @@ def crop_resize(x: Tensor, boxes: Tensor, size=None, mode: str = "linear") -> Te
         centre = start[:, None] + (torch.arange(size[axis], device=x.device) + 0.5) * ((end - start) / size[axis])[:, None]
         nearest = centre.floor().long().clamp(0, space[axis] - 1)
         y = y.take_along_dim(nearest.view(len(x), *(-1 if a == axis - dims else 1 for a in range(1 - x.ndim, 0))), axis - dims)
-    return y.to(x.dtype).contiguous()
+    return y.to(x.dtype)
 
 # %% ../../nbs/1_start/04_views_geometry.ipynb #c050ab2e
 def random_boxes(x: Tensor, size: tuple, scale, ratio, generator=None, tries: int = 10) -> Tensor:
