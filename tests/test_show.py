@@ -88,6 +88,14 @@ def test_slices_show_the_right_slice_and_its_mask():
     assert tuple(tinted[180, 180]) == inside and tuple(tinted[10, 10]) == (0, 0, 0)
 
 
+def test_volumes_stand_upright():
+    values = np.zeros((8, 8, 8), np.float32)
+    values[7] = 1  # the top: the first axis leads upwards
+    for axis in (1, 2):
+        rgb = f.slices(values, axis=axis, positions=[4], window=(0, 1)).axes[0].images[0].get_array()
+        assert rgb[0].min() > 200 and rgb[-1].max() == 0
+
+
 def test_legend_colours_are_those_of_the_picture():
     mask = np.zeros((16, 16), int)
     mask[2:8], mask[8:10] = 1, 3
@@ -191,7 +199,7 @@ def test_browser_shows_the_frame_of_its_state(images):
     w.slice = 12
     expected = frame(w.volume, w.rows, (0, 12), window=w.window, opacity=w.opacity, spacing=(2.0, 1.0, 1.0))
     assert np.array_equal(np.asarray(Image.open(BytesIO(w.picture.value))), expected)
-    assert w.figure().axes[0].get_title() == "axis 0, slice 13 of 20"
+    assert w.figure().axes[0].get_ylabel() == "axis 0, slice 13 of 20"
 
 
 def test_browser_keeps_its_relative_place_when_the_axis_changes(images):

@@ -373,8 +373,11 @@ def _stored(folder: Path, arrays: tuple, card: dict) -> tuple:
         (made / "card.json").write_text(json.dumps({**card, "checksums": _checksums(made)}), encoding="utf-8")
         if folder.exists() and _opened(folder) is None:
             folder.rename(Path(beside) / "broken")
-        if not folder.exists():
+        try:
             made.rename(folder)
+        except OSError:
+            if not folder.exists():
+                raise  # else another process was faster: its cohort is the same
     return _opened(folder) or arrays
 
 # %% ../../nbs/1_start/03_cohort.ipynb #fd38727a

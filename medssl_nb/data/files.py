@@ -96,7 +96,7 @@ def _voxels(path, image, shape):
         image = type(image).from_bytes(content)
     return np.asanyarray(image.dataobj).reshape(shape, order="F")
 
-
+# %% ../../nbs/6_practice/01_your_own_data.ipynb #4d52a354
 def read_nifti(path, four_d=None, largest=LARGEST):
     "A NIfTI file as `(image (C, D, H, W), spacing in mm)`, axes up, back and left. Bad files: a ValueError."
     import nibabel as nib

@@ -209,7 +209,7 @@ def _fetch(task, root, download):
         raise FileNotFoundError(f"{task} could not be fetched or unpacked ({type(error).__name__}: "
                                 f"{str(error)[:200]}): {advice}") from error
 
-
+# %% ../../nbs/6_practice/02_published_datasets.ipynb #c2062bd8
 def decathlon(task, root=None, download=False, **options) -> ImageSet:
     """The labelled cases of a task of the Medical Segmentation Decathlon, with masks and the regions' names.
 

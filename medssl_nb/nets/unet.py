@@ -23,9 +23,8 @@ class UNetEncoder(Encoder):
     """The way down of a U-Net; its maps are those that the skips carry, strides 1, 2, 4, ...
 
     width: channels of the first convolution; levels: maps, each half as large and twice as wide as the one before;
-    double_before_pool: False as in 2D (Ronneberger et al. 2015), True as in 3D (Çiçek et al. 2016), where a level's
-    second convolution doubles the channels. Left out, these follow the paper of these dimensions: 64, 5, False in
-    2D and 32, 4, True in 3D. norm: as ConvNormAct.
+    double_before_pool: a level's second convolution doubles the channels, as in 3D (Çiçek et al. 2016). Left out,
+    these follow the paper of these dimensions: 64, 5, False in 2D (Ronneberger et al. 2015) and 32, 4, True in 3D.
     """
 
     def __init__(self, spatial_dims=2, in_channels=1, width=None, levels=None, double_before_pool=None, norm="batch"):
@@ -37,9 +36,8 @@ class UNetEncoder(Encoder):
         super().__init__(spatial_dims, in_channels, channels, [2**i for i in range(levels)])
         self.double_before_pool = double
         before = [in_channels, *channels]
-        self.levels = nn.ModuleList(
-            two_blocks(spatial_dims, before[i], first[i], channels[i], norm) for i in range(levels)
-        )
+        plan = zip(before, first, channels)
+        self.levels = nn.ModuleList(two_blocks(spatial_dims, *level, norm) for level in plan)
         self.pool = by_dimension("MaxPool", spatial_dims)(2)
         he_normal(self)
 

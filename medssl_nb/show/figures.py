@@ -168,8 +168,14 @@ def cuts_of(shape, axis=None, n=5, positions=None, mask=None):
 
 
 def cut(values, axis, position):
-    "The slice of an array at a position of an axis; a 2D array as it is."
-    return values if axis is None else np.take(values, position, axis=axis)
+    """The slice of an array at a position of an axis, upright; a 2D array as it is.
+
+    A volume's axes lead to superior, posterior and left, so across the other two axes the first one is drawn upwards.
+    """
+    if axis is None:
+        return values
+    flat = np.take(values, position, axis=axis)
+    return flat if axis % values.ndim == 0 else flat[::-1]
 
 # %% ../../nbs/1_start/08_pictures.ipynb #1a459e99
 def scale_bar(axis, height, width, unit):
@@ -187,7 +193,7 @@ def legend_of(picture, names, colours):
 
     handles = [Patch(color=colour, label=name) for name, colour in zip(names, colours)]
     if handles:
-        picture.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6))
+        picture.legend(handles=handles, loc="outside lower center", ncols=int(min(len(handles), picture.get_figwidth() // 1.15)))
 
 # %% ../../nbs/1_start/08_pictures.ipynb #e2c765dd
 def region_names(labels, regions=None):
@@ -241,22 +247,20 @@ def slices(image, mask=None, prediction=None, *, axis=None, n=5, positions=None,
 
 # %% ../../nbs/1_start/08_pictures.ipynb #de06fbc1
 def slice_panels(volume, rows, places, window, opacity, spacing, title):
-    "The panels of `slices`: a row a layer and a column a slice in 3D, one row of layers in 2D."
+    "The panels of `slices`: a row a layer and a column a slice, or one row of layers where there is one slice."
     unit = "voxels" if spacing is None else "mm"
     spacing = (1,) * volume.ndim if spacing is None else tuple(float(s) for s in spacing)
-    flat = volume.ndim == 2
+    flat = len(places) == 1  # then the layers stand side by side
     picture, axes = panels(*((1, len(rows)) if flat else (len(rows), len(places))), title=title, height=2.3)
     for r, (name, labels, colours) in enumerate(rows):
         for c, place in enumerate(places):
             axis = axes[0, r] if flat else axes[r, c]
             look = {"window": window, "colours": colours, "opacity": 0.8 if name == "errors" else opacity}
             show_slice(axis, volume, labels, place, look, spacing, unit)
-            if flat:
-                axis.set_title(name)
-            elif r == 0:
-                axis.set_title(f"axis {place[0]}, slice {place[1] + 1} of {volume.shape[place[0]]}")
-            if c == 0 and not flat:
-                axis.set_ylabel(name)
+            where = "" if place[0] is None else f"axis {place[0]}, slice {place[1] + 1} of {volume.shape[place[0]]}"
+            top, left = (name, where) if flat else (where, name)
+            axis.set_title(top if flat or r == 0 else "")
+            axis.set_ylabel(left if (r if flat else c) == 0 else "")
     return picture
 
 # %% ../../nbs/1_start/08_pictures.ipynb #46cc16c1
