@@ -288,3 +288,17 @@ def test_html_takes_any_picture():
     strip = to_html(pictures, labels=["<one>", "two|2", "3", "4"], start=0)
     assert strip.count("data:image/webp") == 4 and "<one>" not in strip and "two/2" in strip
     assert isinstance(browse(volume()), Browser)
+
+
+def test_strip_begins_where_the_browser_stands(images):
+    w = browse(images)
+    w.slice = 17
+    assert re.search(r"<output[^>]*>axis 0, slice 1[678]<", to_html(w))
+
+
+def test_an_empty_slice_still_shows_that_it_was_reached():
+    w = browse(np.zeros((5, 8, 8), np.float32))
+    w.slice = 1
+    first = w.picture.value
+    w.slice = 2
+    assert w.picture.value != first

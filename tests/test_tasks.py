@@ -111,7 +111,7 @@ def test_classifier_learns_a_planted_signal():
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ((3, "ordinal"), "kind 'ordinal' is unknown"), ((1, "classes"), "nothing to tell apart"), ((1, "grades"), "nothing to tell apart"),
+    ((3, "ordinal"), "3 'ordinal': use one of classes, labels, grades"), ((1, "classes"), "at least 2"), ((1, "grades"), "at least 2"),
 ])
 def test_classifier_refuses(arguments, words):
     with pytest.raises(ValueError, match=words):

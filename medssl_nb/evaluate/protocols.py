@@ -211,7 +211,7 @@ def _examine(model, images, size, batch_size):
     model.train(training)
     return found
 
-
+# %% ../../nbs/5_using/05_how_to_evaluate.ipynb #65a829b2
 class _BestOnValidation:
     "Called after each step: looks at the validation set now and then, and keeps the best weights."
 
@@ -228,7 +228,7 @@ class _BestOnValidation:
             self.best, self.chosen = score, step
             self.state = {k: v.detach().clone() for k, v in model.state_dict().items()}
 
-# %% ../../nbs/5_using/05_how_to_evaluate.ipynb #65a829b2
+# %% ../../nbs/5_using/05_how_to_evaluate.ipynb #8e170589
 def _model_for(encoder, parts, task, kind, seed):
     "A copy of the encoder under a fresh head or decoder, drawn by the seed."
     with torch.random.fork_rng(devices=[]):
@@ -239,7 +239,7 @@ def _model_for(encoder, parts, task, kind, seed):
         kind = _kind_of(parts[0], kind)
         return Classifier(copied, _count(parts, task), kind), kind
 
-
+# %% ../../nbs/5_using/05_how_to_evaluate.ipynb #ca7656c1
 def finetune(
     encoder: nn.Module, train, validation, test, *, task=None, kind=None, steps: int = 200, batch_size: int = 16, size=None,
     lr: float = 1e-3, seed: int = 0, device="auto", precision="auto", evaluate_every=None, freeze: bool = False, progress: bool = True,

@@ -28,7 +28,8 @@ def frame(volume, rows, place, *, window=None, opacity=0.35, spacing=None, longe
                      window=window or contrast(volume), longest=longest, colours=colours,
                      opacity=opacity if name != "errors" else max(opacity, 0.8))
         panel = Image.fromarray(np.pad(part, ((18, 0), (3, 3), (0, 0))))
-        ImageDraw.Draw(panel).text((7, 2), name, fill="white", font=ImageFont.load_default(12))
+        told = name if parts or axis is None else f"{name}, slice {position}"  # so that no two frames are the same
+        ImageDraw.Draw(panel).text((7, 2), told, fill="white", font=ImageFont.load_default(12))
         parts.append(np.asarray(panel))
     return np.concatenate(parts, 1)
 
@@ -120,7 +121,7 @@ def to_html(frames, path=None, *, labels=None, caption="", start=None):
     from pathlib import Path
 
     if isinstance(frames, Browser):
-        caption, (frames, labels) = caption or frames.legend(), strip_frames(frames)
+        caption, (frames, labels, start) = caption or frames.legend(), strip_frames(frames)
     uris, sizes = zip(*map(data_uri, frames))
     labels = [escape(str(text).replace("|", "/")) for text in (labels or range(1, len(uris) + 1))]
     start = len(uris) // 2 if start is None else start
@@ -294,18 +295,19 @@ def open_image(browser):
 
 
 def strip_frames(browser, count=10):
-    "The frames of a browser's strip, and a label for each: through the slices of its axis, in 2D through its images."
+    "A browser's strip through the slices of its axis, in 2D through its images: frames, labels, and where it stands."
     if browser.volume.ndim == 3:
         size = browser.volume.shape[browser.axis]
         stops = np.unique(np.linspace(0.08 * size, 0.92 * (size - 1), count).round().astype(int))
-        return [browser.paint((browser.axis, p), 180) for p in stops], [f"axis {browser.axis}, slice {p}" for p in stops]
+        return ([browser.paint((browser.axis, p), 180) for p in stops], [f"axis {browser.axis}, slice {p}" for p in stops],
+                int(np.abs(stops - browser.slice).argmin()))
     stops, here = np.unique(np.linspace(0, len(browser.cases) - 1, count).round().astype(int)), browser.image
     frames = []
     for i in stops:
         browser.image = int(i)
         frames.append(browser.paint((None, None), 240))
     browser.image = here
-    return frames, [f"image {i}" for i in stops]
+    return frames, [f"image {i}" for i in stops], int(np.abs(stops - here).argmin())
 
 # %% ../../nbs/1_start/09_browse.ipynb #a5287fdf
 def browse(images, masks=None, predictions=None, *, axis=0, spacing=None, regions=None, channel=0):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nets.unet import UNet
-from .classification import hold_if_frozen
+from .classification import Supervised
 
 # %% ../../nbs/5_using/02_segmentation.ipynb #7d3865db
 def soft_dice(probabilities: Tensor, masks: Tensor) -> Tensor:
@@ -34,12 +34,12 @@ def segmentation_loss(logits: Tensor, masks: Tensor) -> Tensor:
     return sum(segmentation_terms(logits, masks).values())
 
 # %% ../../nbs/5_using/02_segmentation.ipynb #58efe476
-class Segmenter(nn.Module):
+class Segmenter(Supervised):
     """An encoder and a U-Net decoder, trained by `fit` on batches with masks.
 
-    `classes` counts the background, which is 0; `skips=False` leaves out the skip connections. With its parameters
-    frozen, the encoder stays as it is and only the decoder learns.
+    `classes` counts the background, which is 0; `skips=False` leaves out the skip connections.
     """
+    truth = "masks"
 
     def __init__(self, encoder: nn.Module, classes: int, skips: bool = True):
         super().__init__()
@@ -49,20 +49,7 @@ class Segmenter(nn.Module):
 
     @property
     def encoder(self) -> nn.Module:
-        "The encoder inside."
         return self.network.encoder
-
-    def train(self, mode: bool = True):
-        "Training mode, except for a frozen encoder."
-        super().train(mode)
-        hold_if_frozen(self.encoder)
-        return self
-
-    def pretext(self, batch, generator=None):
-        "The batch itself: its masks are the task."
-        if batch.masks is None:
-            raise ValueError("these images have no masks; a segmenter needs an ImageSet with masks")
-        return batch
 
     def logits(self, x: Tensor) -> Tensor:
         "Scores `(B, classes, *space)` of images `(B, C, *space)`."
