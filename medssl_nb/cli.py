@@ -4,7 +4,7 @@
 __all__ = ['app', 'Images', 'Seed', 'Device', 'Precision', 'Size', 'Spacing', 'DEMO', 'typical_size', 'read_images',
            'make_encoder', 'write_results', 'save_figure', 'one_line_errors', 'methods', 'parse_size', 'pretrain_on',
            'pretrain', 'score_few_labels', 'parse_labels', 'evaluate', 'book_in_checkout', 'book_in_wheel', 'copy_book',
-           'lab', 'demo']
+           'lab', 'demo_data', 'demo']
 
 # %% ../nbs/6_practice/07_command_line.ipynb #a7221f66
 import json
@@ -43,8 +43,7 @@ def make_encoder(images, network: str = "resnet18", width: "int | None" = None, 
     from medssl_nb.nets.base import create_encoder
 
     torch.manual_seed(seed)
-    options = {"stem": "small"} if network.startswith("resnet") else {}
-    return create_encoder(network, images.spatial_dims, images.channels, width=width or {2: 32, 3: 16}[images.spatial_dims], **options)
+    return create_encoder(network, images.spatial_dims, images.channels, width=width or {2: 32, 3: 16}[images.spatial_dims])
 
 # %% ../nbs/6_practice/07_command_line.ipynb #f9343db5
 def write_results(out: Path, command: str, settings: dict, **found) -> Path:
@@ -183,6 +182,7 @@ def evaluate(
     seeds: Annotated[int, typer.Option(help="Repetitions, each with its own choice of labelled patients.")] = 3,
     steps: Annotated[int, typer.Option(help="Steps of each fine-tuning.")] = 100,
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 4,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of each fine-tuning.")] = 5e-3,
     size: Size = None, spacing: Spacing = None, seed: Seed = 0, device: Device = "auto", precision: Precision = "auto",
 ):
     "Score an encoder with few labels, beside random initialisation."
@@ -195,7 +195,7 @@ def evaluate(
         found = read_images(images, spacing, seed)
         crop, task = parse_size(size, found), task_of(found, task)
         counts = parse_labels(labels or ("2,5,10" if task == "segmentation" else "0.05,0.25,1.0"))
-        budget = dict(steps=steps, batch_size=batch_size, task=task, precision=precision, lr=1e-3) if task == "segmentation" else {}
+        budget = dict(steps=steps, batch_size=batch_size, task=task, precision=precision, lr=lr, evaluate_every=max(1, steps // 4)) if task == "segmentation" else {}
         protocol = "finetune" if budget else "linear_probe"
         parts = found.split((0.6, 0.15, 0.25), seed)
         rows = score_few_labels(net, parts, out or encoder.parent, counts, range(seed, seed + seeds), protocol=protocol, size=crop, device=device, **budget)
@@ -253,33 +253,36 @@ def lab(
     raise typer.Exit(subprocess.call(command if browser else [*command, "--no-browser"]))
 
 # %% ../nbs/6_practice/07_command_line.ipynb #72e7678a
-DEMO = dict(patients=140, size=32, method="models_genesis", network="unet", width=8, steps=240, labels=(1, 4), tune_steps=40)
+DEMO = dict(patients=400, size=48, method="simclr", network="resnet18", width=16, batch_size=64, lr=2e-3, labels=(0.1, 0.5))
 
 
+def demo_data(seed):
+    "Training, validation and test patients of the demo."
+    from medssl_nb.data.cohort import cohort
+
+    return cohort(n=DEMO["patients"], size=DEMO["size"], spatial_dims=2, seed=seed).split((0.6, 0.15, 0.25), seed)
+
+# %% ../nbs/6_practice/07_command_line.ipynb #b8f61e3a
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for figures, table and results.json.")] = Path("runs/demo"),
-    steps: Annotated[int, typer.Option(help="Steps of pre-training.")] = DEMO["steps"],
+    steps: Annotated[int, typer.Option(help="Steps of pre-training.")] = 150,
     seed: Seed = 0, device: Device = "auto", precision: Precision = "auto",
 ):
     "Pre-train on the built-in images and show what it bought: a figure and a table, in a few minutes."
-    from medssl_nb.data.cohort import cohort
-    from medssl_nb.evaluate.protocols import to_markdown
-
     with one_line_errors():
-        typer.echo("1/3  the built-in images: heads simulated from the MNI152 template")
-        images = cohort(n=DEMO["patients"], size=DEMO["size"], seed=seed)
-        train, validation, test = images.split((0.7, 0.1, 0.2), seed)
-        typer.echo(f"2/3  {DEMO['method']} on {len(train)} of them, without labels")
-        where = dict(device=device, precision=precision)
-        encoder, history = pretrain_on(
-            train, DEMO["method"], out, DEMO["network"], DEMO["width"], seed=seed,
-            steps=steps, batch_size=8, size=(DEMO["size"],) * 3, lr=3e-3, **where,
-        )
-        typer.echo("3/3  segmentation from few labelled patients, random and pre-trained, three seeds")
-        rows = score_few_labels(encoder, (train, validation, test), out, DEMO["labels"], range(seed, seed + 3), task="segmentation", steps=DEMO["tune_steps"], batch_size=4, lr=1e-3, **where)
-        write_results(out, "demo", {**DEMO, "steps": steps, "seed": seed, **where}, terms=history.terms, health=history.health, rows=rows)
-    typer.echo(f"\n{to_markdown(rows)}\n\nMean ± standard deviation of three seeds, on {len(test)} patients that no training saw.\nThe figure is {out / 'label_efficiency.png'}; then try: medssl-nb lab")
+        from medssl_nb.evaluate.protocols import to_markdown
+
+        typer.echo("1/3  the built-in images: slices of heads simulated from the MNI152 template")
+        parts = demo_data(seed)
+        typer.echo(f"2/3  {DEMO['method']} on {len(parts[0])} of them, without labels")
+        options = {name: DEMO[name] for name in ("network", "width", "batch_size", "lr")}
+        encoder, history = pretrain_on(parts[0], DEMO["method"], out, steps=steps, size=(DEMO["size"],) * 2, seed=seed, device=device, precision=precision, **options)
+        typer.echo("3/3  grading the ventricles from few labels: random and pre-trained encoder, three seeds")
+        rows = score_few_labels(encoder, parts, out, DEMO["labels"], range(seed, seed + 3), protocol="linear_probe", kind="grades", device=device)
+        write_results(out, "demo", {**DEMO, "steps": steps, "seed": seed}, terms=history.terms, health=history.health, rows=rows)
+    typer.echo(f"\n{to_markdown(rows)}\n\nMean ± standard deviation of three seeds, on {len(parts[2])} patients that no training saw.")
+    typer.echo(f"The figure is {out / 'label_efficiency.png'}; now try: medssl-nb lab")
 
 # %% ../nbs/6_practice/07_command_line.ipynb #707a804e
 if __name__ == "__main__":

@@ -390,7 +390,7 @@ def look_of(names):
 
 # %% ../../nbs/1_start/08_pictures.ipynb #d6fad436
 @rc_context(STYLE)
-def label_efficiency(rows, *, title="Label efficiency", unit="labelled images"):
+def label_efficiency(rows, *, title="Label efficiency"):
     """A Picture of scores against the number of labels, an encoder a line: mean, ± 1 standard deviation, every seed.
 
     `rows`: dictionaries with "encoder", "labels" (a count or a share), "seed", "score", and "metric", one for all.
@@ -404,10 +404,11 @@ def label_efficiency(rows, *, title="Label efficiency", unit="labelled images"):
         efficiency_line(axis, name, scores, *look[name], shift=1.02 ** (k - (len(table) - 1) / 2))
     counts = sorted({row["labels"] for row in rows})
     axis.set_xscale("log")
-    axis.set_xticks(counts, [f"{c:g}" for c in counts])
+    shares = all(isinstance(c, float) for c in counts)
+    axis.set_xticks(counts, [f"{100 * c:g} %" if shares else f"{c:g}" for c in counts])
     axis.minorticks_off()
     axis.grid(axis="y")
-    axis.set(xlabel=unit, ylabel=metrics.pop())
+    axis.set(xlabel="share of the training patients that is labelled" if shares else "labelled patients", ylabel=metrics.pop())
     lacks = "" if any("random" in name.lower() for name in table) else "without random initialisation to compare with\n"
     axis.legend(title=lacks + "line: mean, band: ± 1 standard deviation,\ndot: one seed", title_fontsize=7.5, alignment="left",
                 loc="best")

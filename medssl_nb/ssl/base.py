@@ -92,11 +92,11 @@ class Method(nn.Module):
 # %% ../../nbs/3_taxonomy/01_what_ssl_is.ipynb #edd52c5e
 def mosaic(rows: list, title: str):
     "A figure of rows (name, captions or None, images); volumes show their middle slice."
-    import matplotlib.pyplot  # noqa: F401  teaches notebooks to show a Figure
-    from matplotlib.figure import Figure
+    import matplotlib.pyplot as plt
 
     columns = max(len(images) for _, _, images in rows)
-    figure = Figure(figsize=(1.5 * columns, 1.7 * len(rows) + 0.3), layout="constrained")
+    figure = plt.figure(figsize=(1.5 * columns, 1.7 * len(rows) + 0.3), layout="constrained")
+    plt.close(figure)  # returned, not left open: a notebook shows it once, as the value of its cell
     for axes, (name, captions, images) in zip(figure.subplots(len(rows), columns, squeeze=False), rows):
         for i, axis in enumerate(axes):
             axis.set(xticks=[], yticks=[])

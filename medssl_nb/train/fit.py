@@ -95,11 +95,12 @@ class History:
 
     def plot(self):
         "Loss and health over the steps, as a matplotlib figure."
-        from matplotlib.figure import Figure
+        import matplotlib.pyplot as plt
 
         shown = {**{k: (range(1, self.steps + 1), v) for k, v in self.terms.items()}}
         shown.update({k: (self.health["step"], v) for k, v in self.health.items() if k != "step"})
-        figure = Figure(figsize=(min(3 * len(shown), 12), 2.6 * -(-len(shown) // 4)), layout="constrained")
+        figure = plt.figure(figsize=(min(3 * len(shown), 12), 2.6 * -(-len(shown) // 4)), layout="constrained")
+        plt.close(figure)  # returned, not left open: a notebook shows it once, as the value of its cell
         axes = figure.subplots(-(-len(shown) // 4), min(len(shown), 4), squeeze=False).flat
         for (name, (steps, values)), axis in zip(shown.items(), axes):
             axis.plot(steps, values, lw=1)
