@@ -147,7 +147,7 @@ def _tensor(array) -> Tensor:
         array = array.astype(np.int64 if array.dtype.kind == "u" else array.dtype.newbyteorder("="))
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
-
+# %% ../../nbs/1_start/02_data.ipynb #395c9d15
 class _Indexed(_Columns):
     "Columns of which one image, or a part, can be taken."
 
@@ -258,14 +258,8 @@ def _moments(image, name):
     return mean, torch.where(std > 1e-6 * mean.abs().clamp_min(1e-6), std, torch.inf), image.amin(space, keepdim=True)
 
 # %% ../../nbs/1_start/02_data.ipynb #e6b46e07
-class ImageSet(_Divided):
-    """Images that may differ in size, with what is known of them.
-
-    `images` holds `(C, *space)` arrays: one array `(N, C, *space)`, or any sequence, read when asked. `masks` holds
-    `(*space)` whole numbers; `labels` is `(N,)` whole numbers or `(N, K)` floats; `groups` the patient of each image
-    (default: each its own); `spacing` mm, one tuple for all or one an image; `classes` and `regions` name the values
-    of labels and masks (`regions[0]` is the background).
-    """
+class _Windowed(_Divided):
+    "Images of which windows of one size can be cut."
 
     def _window(self, i, size, rng=None):
         "A normalised window of image `i`, and of its mask."
@@ -297,6 +291,16 @@ class ImageSet(_Divided):
     def stack(self, size=None, device="cpu") -> Batch:
         "All images in their order as one batch, cropped or padded about their centres."
         return self._batch(range(len(self)), size).to(device)
+
+# %% ../../nbs/1_start/02_data.ipynb #a4fa4be7
+class ImageSet(_Windowed):
+    """Images that may differ in size, with what is known of them.
+
+    `images` holds `(C, *space)` arrays: one array `(N, C, *space)`, or any sequence, read when asked. `masks` holds
+    `(*space)` whole numbers; `labels` is `(N,)` whole numbers or `(N, K)` floats; `groups` the patient of each image
+    (default: each its own); `spacing` mm, one tuple for all or one an image; `classes` and `regions` name the values
+    of labels and masks (`regions[0]` is the background).
+    """
 
     def batches(self, batch_size, size=None, seed=0, device="cpu", per_group=None, start=0, share=(0, 1)):
         """Endless normalised batches from number `start`, the next one made while this one is used.

@@ -127,7 +127,7 @@ def _read_all_modules():
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"medssl_nb.ssl.{module.name}")
 
-
+# %% ../../nbs/3_taxonomy/01_what_ssl_is.ipynb #99d0dbc6
 def cards() -> list:
     "The cards of all methods, family by family, oldest first."
     _read_all_modules()

@@ -167,7 +167,7 @@ def _save(run, path):
             tensors.update({f"optimiser.{o}.{p}.{k}": v for k, v in moments.items()})
     save_whole(tensors, {"history": asdict(run.history), "scaler": run.scaler.state_dict()}, path)
 
-
+# %% ../../nbs/6_practice/03_training.ipynb #2b0f3904
 def _restore(run, tensors):
     "Put the tensors of a checkpoint back into the model and its optimisers."
     run.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
@@ -178,7 +178,7 @@ def _restore(run, tensors):
             state["state"].setdefault(int(p), {})[moment] = tensors[name]
         optimiser.load_state_dict(state)
 
-
+# %% ../../nbs/6_practice/03_training.ipynb #655d4ce2
 def _resume(run, path):
     "Go on from a checkpoint, if there is one; refuse one of another run."
     if path is None or not Path(path).exists():
@@ -211,7 +211,7 @@ def _descend(loss, optimiser, scaler, clip):
     nn.utils.clip_grad_norm_([p for g in optimiser.param_groups for p in g["params"]], clip)
     scaler.step(optimiser)
 
-
+# %% ../../nbs/6_practice/03_training.ipynb #2befdd25
 def _step(run, wrapped, pretext):
     "One step of the model, its opponent first; returns the terms of the loss."
     clip = run.history.settings["clip"]
@@ -237,7 +237,7 @@ def _set_step(run, step, images, generator):
     if hasattr(run.model, "refresh") and step % getattr(run.model, "refresh_every", settings["steps"]) == 0:
         run.model.refresh(images)
 
-
+# %% ../../nbs/6_practice/03_training.ipynb #cac1b535
 def _drain(waiting, history):
     "Move the terms of the last steps into the history, as numbers; refuse a loss that is not finite."
     for terms in waiting:
@@ -247,7 +247,7 @@ def _drain(waiting, history):
         history.record(history.terms, numbers)
     waiting.clear()
 
-
+# %% ../../nbs/6_practice/03_training.ipynb #dbe153dd
 @torch.no_grad()
 def _look(run, pretext):
     "Record the health of the embedding of the current views; warn once when it has collapsed."
@@ -272,7 +272,7 @@ def _wrap(run):
     ids = [run.device.index] if run.device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(run.model, device_ids=ids)
 
-
+# %% ../../nbs/6_practice/03_training.ipynb #d1d30b98
 def _train(run, images, stream, checkpoint, checkpoint_every, progress, on_step):
     "All the steps that are left."
     from tqdm.auto import tqdm
