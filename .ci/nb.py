@@ -51,7 +51,7 @@ def execute(path):
     "Runs one notebook in its own folder's kernel; raises RuntimeError with notebook, cell source and traceback."
     nb = nbformat.read(path, as_version=4)
     client = NotebookClient(
-        nb, timeout=1200, kernel_name="python3", record_timing=False,
+        nb, timeout=600, kernel_name="python3", record_timing=False,
         extra_arguments=["--log-level=ERROR"], resources={"metadata": {"path": str(path.parent)}},
     )
     name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
