@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from queue import Empty
 
 import nbformat
 from nbclient import NotebookClient
@@ -47,10 +48,30 @@ def callback_errors(nb):
                 yield i, cell.source, text
 
 
+class PatientClient(NotebookClient):
+    "Asks for a cell's reply again every second: one that comes while a widget is being written to is not announced."
+
+    async def async_start_new_kernel_client(self):
+        client = await super().async_start_new_kernel_client()
+        ask = client.shell_channel.get_msg
+
+        async def get_msg(timeout=None):
+            left = float("inf") if timeout is None else timeout
+            while True:
+                try:
+                    return await ask(timeout=min(1, left))
+                except Empty:
+                    if (left := left - 1) <= 0:
+                        raise
+
+        client.shell_channel.get_msg = get_msg
+        return client
+
+
 def execute(path):
     "Runs one notebook in its own folder's kernel; raises RuntimeError with notebook, cell source and traceback."
     nb = nbformat.read(path, as_version=4)
-    client = NotebookClient(
+    client = PatientClient(
         nb, timeout=600, kernel_name="python3", record_timing=False,
         extra_arguments=["--log-level=ERROR"], resources={"metadata": {"path": str(path.parent)}},
     )

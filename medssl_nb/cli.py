@@ -290,5 +290,5 @@ def demo(
     typer.echo(f"The figure is {out / 'label_efficiency.png'}; now try: medssl-nb lab")
 
 # %% ../nbs/6_practice/07_command_line.ipynb #707a804e
-if __name__ == "__main__":
+if __name__ == "__main__" and "ipykernel" not in sys.modules:  # in a notebook __name__ is "__main__" as well
     app()
