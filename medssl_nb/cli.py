@@ -98,7 +98,7 @@ def methods():
 
 # %% ../nbs/6_practice/07_command_line.ipynb #4e2c335d
 Images = Annotated[str, typer.Argument(help="A folder of scans (NIfTI, DICOM, PNG, JPEG, TIFF, NPY), or 'cohort' for the built-in images.")]
-Seed = Annotated[int, typer.Option(help="Same seed, same result (on the CPU: bit for bit).")]
+Seed = Annotated[int, typer.Option(help="Same seed, same result on the same machine.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Precision = Annotated[str, typer.Option(help="auto, fp32, bf16, fp16.")]
 Size = Annotated[Optional[str], typer.Option(help="Crop, such as 64 or 32,48,32. Default: fits the images.")]
