@@ -2,8 +2,7 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'NIFTI', 'DICOM', 'PICTURES', 'ARRAYS', 'KINDS', 'PERSONAL', 'SUFFIX', 'IMAGES', 'MASKS', 'canonical',
-           'read_nifti', 'resample', 'read_dicom', 'read_picture', 'read_array', 'Found', 'find', 'cache_folder',
-           'Mapped', 'folder']
+           'read_nifti', 'resample', 'read_dicom', 'read_picture', 'read_array', 'Found', 'find', 'Mapped', 'folder']
 
 # %% ../../nbs/6_practice/01_your_own_data.ipynb #4794f64f
 import gzip
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .cohort import cache_folder
 from .images import ImageSet
 
 # %% ../../nbs/6_practice/01_your_own_data.ipynb #15149120
@@ -497,13 +497,6 @@ def find(path, layout=None):
     return found, None
 
 # %% ../../nbs/6_practice/01_your_own_data.ipynb #8b10c98d
-def cache_folder() -> Path:
-    "Where read images are kept: MEDSSL_NB_CACHE, or the user's cache folder. Delete it whenever you like."
-    import pooch
-
-    return Path(os.environ.get("MEDSSL_NB_CACHE") or pooch.os_cache("medssl_nb"))
-
-
 class Mapped(Sequence):
     "Arrays in .npy files, mapped into memory when asked for; writing to one changes a private copy, never the file."
 
