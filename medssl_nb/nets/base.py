@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'by_dimension', 'convolution', 'normalisation', 'ConvNormAct', 'he_normal', 'Encoder', 'check_input', 'embed',
-           'NetCard', 'register', 'cards', 'table', 'create', 'create_encoder', 'Wrapped', 'from_monai', 'from_timm']
+           'fit_to', 'pad_to_multiple', 'NetCard', 'register', 'import_modules', 'cards', 'table', 'create',
+           'create_encoder', 'Wrapped', 'from_monai', 'from_timm']
 
 # %% ../../nbs/2_foundations/00_encoders.ipynb #d89dc798
 import difflib
@@ -28,10 +29,14 @@ def by_dimension(kind, spatial_dims):
     return getattr(nn, f"{kind}{spatial_dims}d")
 
 
-def convolution(spatial_dims, in_channels, out_channels, kernel=3, stride=1, bias=True):
-    "A convolution padded so that stride 1 keeps the size; kernel and stride are ints, or one int an axis (odd kernels)."
+def convolution(spatial_dims, in_channels, out_channels, kernel=3, stride=1, bias=True, groups=1):
+    """A convolution padded so that stride 1 keeps the size; kernel and stride are ints, or one int an axis (odd kernels).
+
+    groups: as nn.Conv2d; in_channels for a depthwise convolution, in which no channel sees another.
+    """
     padding = kernel // 2 if isinstance(kernel, int) else tuple(k // 2 for k in kernel)
-    return by_dimension("Conv", spatial_dims)(in_channels, out_channels, kernel, stride, padding, bias=bias)
+    conv = by_dimension("Conv", spatial_dims)
+    return conv(in_channels, out_channels, kernel, stride, padding, groups=groups, bias=bias)
 
 # %% ../../nbs/2_foundations/00_encoders.ipynb #cf74e430
 NORMS = ("batch", "group", "instance", "none")
@@ -57,12 +62,12 @@ class ConvNormAct(nn.Sequential):
     """Convolution, normalisation, activation: (B, in_channels, *space) -> (B, out_channels, *space / stride).
 
     kernel, stride: an int, or one an axis; norm: "batch", "group", "instance" or "none" (then the convolution
-    has a bias); activation: a module class such as nn.ReLU, or None.
+    has a bias); activation: a module class such as nn.ReLU, or None; groups: as `convolution`.
     """
 
-    def __init__(self, spatial_dims, in_channels, out_channels, kernel=3, stride=1, norm="batch", activation=nn.ReLU):
+    def __init__(self, spatial_dims, in_channels, out_channels, kernel=3, stride=1, norm="batch", activation=nn.ReLU, groups=1):
         super().__init__()
-        self.conv = convolution(spatial_dims, in_channels, out_channels, kernel, stride, bias=norm == "none")
+        self.conv = convolution(spatial_dims, in_channels, out_channels, kernel, stride, norm == "none", groups)
         self.norm = normalisation(norm, spatial_dims, out_channels)
         if activation is not None:
             self.activation = activation()
@@ -71,14 +76,15 @@ class ConvNormAct(nn.Sequential):
 def he_normal(network):
     """Draws the network's convolutions from He's normal distribution and sets biases to 0; returns the network.
 
-    Deviation sqrt(2 / (out_channels * kernel volume)), or sqrt(2 / in_channels) for a transposed convolution, where
+    Deviation sqrt(2 / (out_channels * kernel volume / groups)), or sqrt(2 / in_channels) for a transposed convolution, where
     kernel = stride and one input a channel meets in each output. Source: He et al. 2015, arXiv:1502.01852.
     """
     for module in network.modules():
         if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
             nn.init.normal_(module.weight, std=math.sqrt(2 / module.in_channels))
         elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            fan_out = module.weight[:, 0].numel() / module.groups
+            nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
         else:
             continue
         if module.bias is not None:
@@ -121,6 +127,23 @@ def check_input(encoder, x):
 def embed(encoder, x):
     "The embedding (B, channels[-1]) of images (B, C, *space): the average of the encoder's coarsest map over its pixels."
     return encoder(x)[-1].flatten(2).mean(-1)
+
+# %% ../../nbs/2_foundations/00_encoders.ipynb #bd8de8b4
+def fit_to(x, space):
+    "Cuts a map (B, C, *n) to `space`, or repeats its last rows and columns, at the far end of each axis."
+    for axis, size in enumerate(space, start=2):
+        missing = size - x.shape[axis]
+        if missing > 0:
+            edge = x.narrow(axis, x.shape[axis] - 1, 1)
+            x = torch.cat([x, *[edge] * missing], axis)
+        elif missing < 0:
+            x = x.narrow(axis, 0, size)
+    return x
+
+
+def pad_to_multiple(x, multiple):
+    "The map (B, C, *space) with its last rows and columns repeated until `multiple` divides each axis."
+    return fit_to(x, [-(-size // multiple) * multiple for size in x.shape[2:]])
 
 # %% ../../nbs/2_foundations/00_encoders.ipynb #3194c01f
 @dataclass(frozen=True)
@@ -172,16 +195,15 @@ def _with_recipe(network, recipe):
     return network
 
 # %% ../../nbs/2_foundations/00_encoders.ipynb #ba7aec24
-def _read_all_modules():
-    "Imports the modules of medssl_nb.nets, each of which registers its networks."
-    package = importlib.import_module("medssl_nb.nets")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"medssl_nb.nets.{module.name}")
+def import_modules(package):
+    "Imports every module of this package of ours, \"medssl_nb.nets\" say: each registers its networks or methods."
+    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        importlib.import_module(f"{package}.{module.name}")
 
 
 def cards():
     "The cards of all networks, by year and name."
-    _read_all_modules()
+    import_modules("medssl_nb.nets")
     return sorted((card for card, _ in _networks.values()), key=lambda card: (card.year, card.name))
 
 
@@ -222,7 +244,7 @@ def create_encoder(name, spatial_dims=2, in_channels=1, **options):
 def _find(name):
     "The card and the builder of this name; the ValueError for an unknown one lists the names, nearest first."
     if name not in _networks:
-        _read_all_modules()
+        import_modules("medssl_nb.nets")
     if name not in _networks:
         near = difflib.get_close_matches(str(name), _networks, n=len(_networks), cutoff=0)
         raise ValueError(f"there is no network named {name!r}; there are {', '.join(near)}")

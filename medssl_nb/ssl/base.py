@@ -6,15 +6,14 @@ __all__ = ['FAMILIES', 'Card', 'Pretext', 'images_of', 'Method', 'mosaic', 'regi
 
 # %% ../../nbs/3_taxonomy/01_what_ssl_is.ipynb #927a4b41
 import difflib
-import importlib
 import inspect
-import pkgutil
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..nets.base import import_modules
 
 # %% ../../nbs/3_taxonomy/01_what_ssl_is.ipynb #804fff43
 FAMILIES = ("predictive", "generative", "contrastive", "clustering", "distillation", "information maximisation")
@@ -120,23 +119,16 @@ def register(method: type) -> type:
     _methods[method.card.name] = method
     return method
 
-
-def _read_all_modules():
-    "Import the modules of medssl_nb.ssl, each of which registers its methods."
-    package = importlib.import_module("medssl_nb.ssl")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"medssl_nb.ssl.{module.name}")
-
 # %% ../../nbs/3_taxonomy/01_what_ssl_is.ipynb #99d0dbc6
 def cards() -> list:
     "The cards of all methods, family by family, oldest first."
-    _read_all_modules()
+    import_modules("medssl_nb.ssl")
     return sorted((m.card for m in _methods.values()), key=lambda c: (FAMILIES.index(c.family), c.year, c.name))
 
 
 def create(name: str, encoder: nn.Module, **options) -> Method:
     "The method of this name around an encoder. Raises ValueError for a name or an option it does not know."
-    _read_all_modules()
+    import_modules("medssl_nb.ssl")
     if name not in _methods:
         near = difflib.get_close_matches(str(name), _methods, n=len(_methods), cutoff=0)
         raise ValueError(f"there is no method named {name!r}; there are {', '.join(near)}")
