@@ -18,6 +18,19 @@ from medssl_nb.nets.unet import Decoder, UNet, UNetEncoder, fit_to, unet
 
 EVERY = [(card.name, dims) for card in cards() for dims in card.dims]
 every = pytest.mark.parametrize("name, dims", EVERY)
+NAMES = {
+    "mlp", "rbm", "dbm", "resnet18", "resnet50", "densenet121", "lstm", "gru", "inception", "efficientnet_v2", "vit",
+    "performer", "axial_attention", "switch", "unet", "s3d_unet", "dru_net", "unet_pp", "msrf_net", "attention_unet",
+    "swin_unet", "unetr", "nsunet",
+}
+# Options that make a network tiny; {"width": 4} where nothing is said.
+TRANSFORMER = {"width": 12, "depth": 2, "patch": 8, "heads": 2}
+SMALL = {
+    "densenet121": {"width": 4, "growth": 4}, "vit": TRANSFORMER, "performer": TRANSFORMER, "axial_attention": TRANSFORMER,
+    "switch": TRANSFORMER, "unetr": {"width": 12, "depth": 4, "heads": 2}, "swin_unet": {"width": 12},
+}
+# What only the generative side of a network uses: no gradient comes from its maps.
+GENERATIVE = {"rbm": {"visible_bias"}, "dbm": {"visible_bias"}}
 
 
 def count(network):
@@ -26,7 +39,11 @@ def count(network):
 
 def small(name, dims, in_channels=1, **options):
     torch.manual_seed(0)
-    return create(name, spatial_dims=dims, in_channels=in_channels, width=4, **options)
+    return create(name, spatial_dims=dims, in_channels=in_channels, **{**SMALL.get(name, {"width": 4}), **options})
+
+
+def takes_norm(name):
+    return "norm" in inspect.signature(builder(name)).parameters
 
 
 def images(dims, in_channels=1, batch=2):

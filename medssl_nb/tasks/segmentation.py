@@ -35,17 +35,22 @@ def segmentation_loss(logits: Tensor, masks: Tensor) -> Tensor:
 
 # %% ../../nbs/5_using/02_segmentation.ipynb #58efe476
 class Segmenter(Supervised):
-    """An encoder and a U-Net decoder, trained by `fit` on batches with masks.
+    """An encoder and a U-Net decoder, or a whole segmentation network, trained by `fit` on batches with masks.
 
-    `classes` counts the background, which is 0; `skips=False` leaves out the skip connections.
+    `classes` counts the background, which is 0; `skips=False` leaves out the skip connections of an encoder's decoder.
+    A network with `all_logits` (deep supervision) learns from the mean loss of all its answers.
     """
     truth = "masks"
 
-    def __init__(self, encoder: nn.Module, classes: int, skips: bool = True):
+    def __init__(self, network: nn.Module, classes: int, skips: bool = True):
         super().__init__()
         if classes < 2:
             raise ValueError(f"{classes} classes: a segmentation needs the background and at least one region")
-        self.classes, self.network = classes, UNet(encoder, classes, skips=skips)
+        gives = (getattr(network, "recipe", None) or {}).get("out_channels", classes)
+        if not hasattr(network, "channels") and gives != classes:
+            raise ValueError(f"this network answers with {gives} classes, and there are {classes}: create it with out_channels={classes}")
+        self.classes = classes
+        self.network = UNet(network, classes, skips=skips) if hasattr(network, "channels") else network
 
     @property
     def encoder(self) -> nn.Module:
@@ -57,7 +62,9 @@ class Segmenter(Supervised):
 
     def forward(self, batch) -> dict:
         "The loss and its two terms."
-        terms = segmentation_terms(self.logits(batch.x), batch.masks)
+        answers = self.network.all_logits(batch.x) if hasattr(self.network, "all_logits") else [self.logits(batch.x)]
+        found = [segmentation_terms(logits, batch.masks) for logits in answers]
+        terms = {name: sum(f[name] for f in found) / len(found) for name in found[0]}
         return {"loss": terms["cross_entropy"] + terms["dice"], **terms}
 
     @torch.no_grad()
