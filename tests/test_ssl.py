@@ -12,15 +12,9 @@ from medssl_nb.ssl.base import FAMILIES, Card, Method, Pretext, cards, create, m
 from medssl_nb.ssl.contrastive import nt_xent
 from medssl_nb.ssl.distillation import move_average, regression_loss, teacher_momentum
 from medssl_nb.train.fit import fit
+from small_methods import method_of
 
-SMALL = {"byol": {"hidden": 32, "dim": 16}, "simclr": {"dim": 16}}
 EVERY = [pytest.param(c.name, d, id=f"{c.name}-{d}d") for c in cards() for d in c.dims]
-
-
-def method_of(name, spatial_dims, channels=1, seed=0):
-    torch.manual_seed(seed)
-    network, options = ("unet", {"levels": 3}) if name == "models_genesis" else ("resnet18", {"stem": "small"})
-    return create(name, create_encoder(network, spatial_dims, channels, width=4, **options), **SMALL.get(name, {}))
 
 
 def batch_of(spatial_dims, batch=4, channels=1, seed=0):

@@ -5,17 +5,9 @@ import sys
 import torch
 import torch.distributed as dist
 
-from medssl_nb.nets.base import create_encoder
-from medssl_nb.ssl.base import Pretext, cards, create
+from medssl_nb.ssl.base import Pretext, cards
 from medssl_nb.train.distributed import join_batchnorm
-
-SMALL = {"byol": {"hidden": 32, "dim": 16}, "simclr": {"dim": 16}}
-
-
-def method_of(name, d):
-    torch.manual_seed(0)
-    network, options = ("unet", {"levels": 3}) if name == "models_genesis" else ("resnet18", {"stem": "small"})
-    return create(name, create_encoder(network, d, width=4, **options), **SMALL.get(name, {})).double()
+from small_methods import method_of
 
 
 def part(pretext, rank):
@@ -36,7 +28,7 @@ dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, 
 alone = [dist.new_group([r]) for r in (0, 1)]
 for card in cards():
     for d in card.dims:
-        method = method_of(card.name, d)
+        method = method_of(card.name, d).double()
         x = torch.randn(8, 1, *[16] * d, generator=torch.Generator().manual_seed(1))
         pretext = method.float().pretext(x, torch.Generator().manual_seed(2))
         method.double()
@@ -50,7 +42,7 @@ dist.destroy_process_group()
 if rank == 0:
     for card in cards():
         for d in card.dims:
-            method = method_of(card.name, d)
+            method = method_of(card.name, d).double()
             x = torch.randn(8, 1, *[16] * d, generator=torch.Generator().manual_seed(1))
             pretext = method.float().pretext(x, torch.Generator().manual_seed(2))
             whole = method.double() and Pretext(tuple(v.double() for v in pretext.views), pretext.target)

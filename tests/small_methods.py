@@ -1,0 +1,22 @@
+"Every method of the cards, made tiny: the options and encoders that the tests of all methods share."
+import torch
+
+from medssl_nb.nets.base import create_encoder
+from medssl_nb.ssl.base import create
+
+# Options that make a method tiny; none where nothing is said.
+OPTIONS = {
+    "byol": {"hidden": 32, "dim": 16},
+    "simclr": {"dim": 16},
+}
+# The network and its options, where a method wants another than a small ResNet-18.
+NETWORKS = {
+    "models_genesis": ("unet", {"width": 4, "levels": 3}),
+}
+
+
+def method_of(name, spatial_dims, channels=1, seed=0):
+    "The method of this name around a tiny encoder; random weights drawn by the seed."
+    torch.manual_seed(seed)
+    network, options = NETWORKS.get(name, ("resnet18", {"width": 4, "stem": "small"}))
+    return create(name, create_encoder(network, spatial_dims, channels, **options), **OPTIONS.get(name, {}))
