@@ -24,9 +24,10 @@ class UNetEncoder(Encoder):
     width: channels of the first convolution; levels: maps, each half as large and twice as wide as the one before;
     double_before_pool: a level's second convolution doubles the channels, as in 3D (Çiçek et al. 2016). Left out,
     these follow the paper of these dimensions: 64, 5, False in 2D (Ronneberger et al. 2015) and 32, 4, True in 3D.
+    block: what a level is made of, called as two_blocks is.
     """
 
-    def __init__(self, spatial_dims=2, in_channels=1, width=None, levels=None, double_before_pool=None, norm="batch"):
+    def __init__(self, spatial_dims=2, in_channels=1, width=None, levels=None, double_before_pool=None, norm="batch", block=two_blocks):
         volume = spatial_dims == 3
         width, levels = width or (32 if volume else 64), levels or (4 if volume else 5)
         double = volume if double_before_pool is None else double_before_pool
@@ -36,7 +37,7 @@ class UNetEncoder(Encoder):
         self.double_before_pool = double
         before = [in_channels, *channels]
         plan = zip(before, first, channels)
-        self.levels = nn.ModuleList(two_blocks(spatial_dims, *level, norm) for level in plan)
+        self.levels = nn.ModuleList(block(spatial_dims, *level, norm) for level in plan)
         self.pool = by_dimension("MaxPool", spatial_dims)(2)
         he_normal(self)
 
@@ -49,13 +50,21 @@ class UNetEncoder(Encoder):
 
 # %% ../../nbs/2_foundations/10_unet.ipynb #f844f61f
 class Up(nn.Module):
-    "One step of a decoder: a transposed convolution with kernel = stride = ratio, the skip if there is one, two blocks."
+    """One step of a decoder: the coarse map enlarged by `ratio`, the skip if there is one, and a block.
 
-    def __init__(self, spatial_dims, in_channels, up_channels, skip_channels, out_channels, ratio, norm):
+    upsample: "transposed", a convolution with kernel = stride = ratio that gives up_channels, or "nearest" or "linear"
+    interpolation, which keeps in_channels; block: called as two_blocks is.
+    """
+
+    def __init__(self, spatial_dims, in_channels, up_channels, skip_channels, out_channels, ratio, norm, block=two_blocks, upsample="transposed"):
         super().__init__()
-        # No bias: the normalisation behind the next convolution takes a constant away again, but at the edges.
-        self.enlarge = by_dimension("ConvTranspose", spatial_dims)(in_channels, up_channels, ratio, ratio, bias=False)
-        self.blocks = two_blocks(spatial_dims, up_channels + skip_channels, out_channels, out_channels, norm)
+        if upsample == "transposed":
+            # No bias: the normalisation behind the next convolution takes a constant away again, but at the edges.
+            self.enlarge = by_dimension("ConvTranspose", spatial_dims)(in_channels, up_channels, ratio, ratio, bias=False)
+        else:
+            up_channels, linear = in_channels, {2: "bilinear", 3: "trilinear"}[spatial_dims]
+            self.enlarge = nn.Upsample(scale_factor=ratio, mode=linear if upsample == "linear" else upsample)
+        self.blocks = block(spatial_dims, up_channels + skip_channels, out_channels, out_channels, norm)
 
     def forward(self, x, space, skip=None):
         x = fit_to(self.enlarge(x), space)
@@ -74,18 +83,20 @@ class Decoder(nn.Module):
     """The way up from an encoder's maps: `decoder(maps, size=None) -> list[Tensor]`, coarse to fine, the last of stride 1.
 
     skips: join the encoder's maps; keep_channels: the transposed convolution keeps its channels, as in the 3D U-Net
-    (default: as the encoder's double_before_pool, else False); channels, strides: of the decoder's maps.
+    (default: as the encoder's double_before_pool, else False); channels, strides: of the decoder's maps (default: the
+    channels of the encoder's maps of these strides); step: what makes a step, called as Up is.
     size: the image's (*space), needed only where the encoder's first stride is above 1 and does not divide it.
     """
 
-    def __init__(self, encoder, skips=True, keep_channels=None, norm="batch"):
+    def __init__(self, encoder, skips=True, keep_channels=None, norm="batch", channels=None, step=Up):
         super().__init__()
         keep = getattr(encoder, "double_before_pool", False) if keep_channels is None else keep_channels
         self.skips, self.first_stride = skips, encoder.strides[0]
-        self.strides, self.channels, joined = _way_up(encoder)
+        self.strides, widths, joined = _way_up(encoder)
+        self.channels = list(channels or widths)
         before = [(encoder.channels[-1], encoder.strides[-1]), *zip(self.channels, self.strides)]
         self.steps = nn.ModuleList(
-            Up(encoder.spatial_dims, c, c if keep else width, skip if skips else 0, width, coarse // stride, norm)
+            step(encoder.spatial_dims, c, c if keep else width, skip if skips else 0, width, coarse // stride, norm)
             for (c, coarse), width, skip, stride in zip(before, self.channels, joined, self.strides)
         )
         he_normal(self)
@@ -102,13 +113,13 @@ class Decoder(nn.Module):
 class UNet(nn.Module):
     """A segmentation network around any encoder: (B, C, *space) -> logits (B, out_channels, *space), of any size.
 
-    skips, keep_channels, norm: as Decoder. Its parts are encoder, decoder and head.
+    skips, keep_channels, norm, channels, step: as Decoder. Its parts are encoder, decoder and head.
     """
 
-    def __init__(self, encoder, out_channels, skips=True, keep_channels=None, norm="batch"):
+    def __init__(self, encoder, out_channels, skips=True, keep_channels=None, norm="batch", channels=None, step=Up):
         super().__init__()
         self.encoder = encoder
-        self.decoder = Decoder(encoder, skips, keep_channels, norm)
+        self.decoder = Decoder(encoder, skips, keep_channels, norm, channels, step)
         self.head = by_dimension("Conv", encoder.spatial_dims)(self.decoder.channels[-1], out_channels, 1)
 
     def forward(self, x):

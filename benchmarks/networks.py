@@ -1,0 +1,103 @@
+#!/usr/bin/env python3
+"""Every segmentation network on the same task with the same budget: what it costs, and the Dice it reaches.
+
+    python benchmarks/networks.py [--data FOLDER] [--steps 100] [--seeds 3] [--networks unet unetr ...] [--device cpu|cuda]
+                                  [--batch 2] [--parameters 500000] [--out FILE]
+
+Each network is made as wide as brings it closest to --parameters. 30 cases train, 12 choose the step (validation), 40 are
+scored once: Dice a case, foreground only. The seeds change the first weights and the order of the batches, not the split.
+FOLDER is in the layout of the Medical Segmentation Decathlon (default: Task04_Hippocampus of ../shared/data or of the folder
+that MEDSSL_NB_DATA names). Finished cells are kept in the file: a run that was killed goes on where it stopped.
+"""
+import argparse
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+import torch
+
+from medssl_nb import nets
+from medssl_nb.data import decathlon
+from medssl_nb.evaluate.protocols import finetune
+from medssl_nb.nets.inspection import activation_bytes, count_parameters, create_near, multiply_adds, step_seconds
+
+SIZE = (40, 56, 40)  # crop, and window of prediction: nearly all volumes fit into one
+OPTIONS = {"unet": {"double_before_pool": False, "levels": 4}, "unetr": {"depth": 4, "patch": 8}}
+
+
+def measure(name, classes, parameters, batch, device):
+    "A row of costs, and the recipe of the network."
+    network = create_near(name, parameters, spatial_dims=3, out_channels=classes, **OPTIONS.get(name, {}))
+    seconds = step_seconds(network.to(device).train(), torch.randn(batch, 1, *SIZE, device=device))
+    return {
+        "recipe": network.recipe, "parameters": count_parameters(network), "multiply_adds": multiply_adds(network, SIZE),
+        "activation_bytes": activation_bytes(network, SIZE), "step_seconds": seconds,
+    }
+
+
+def train_and_score(recipe, parts, seed, steps, batch, device):
+    "One training: the mean Dice of the test cases, and each of them."
+    torch.manual_seed(seed)
+    result = finetune(nets.create(**recipe), *parts, steps=steps, batch_size=batch, size=SIZE, lr=5e-3, seed=seed,
+                      evaluate_every=max(1, steps // 4), device=device, progress=False)
+    return {"dice": result.score, "cases": [round(float(c), 4) for c in torch.as_tensor(result.cases).float().nanmean(-1)], "step": result.chosen}
+
+
+def save(found, path):
+    "Written beside and renamed: a kill never leaves half a file."
+    beside = path.with_suffix(".part")
+    beside.write_text(json.dumps(found, indent=1))
+    os.replace(beside, path)
+
+
+def table(found):
+    "The results as a Markdown table."
+    rows = ["| network | parameters | multiply-adds | kept for backward (MiB) | step (s) | Dice, mean ± sd of the seeds |", "| --- " * 6 + "|"]
+    for name, row in found["networks"].items():
+        dice = torch.tensor([cell["dice"] for cell in row["seeds"].values()])
+        spread = f" ± {dice.std():.3f}" if len(dice) > 1 else ""
+        rows.append(f"| `{name}` | {row['parameters'] / 1e6:.2f} M | {row['multiply_adds'] / 1e9:.2f} G | {row['activation_bytes'] / 2**20:.0f} "
+                    f"| {row['step_seconds']:.2f} | {dice.mean():.3f}{spread} |")
+    return "\n".join(rows)
+
+
+def main():
+    here = Path(os.environ.get("MEDSSL_NB_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+    names = [card.name for card in nets.cards() if card.kind == "segmentation"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=here / "Task04_Hippocampus")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--networks", nargs="+", default=names, choices=names)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--parameters", type=int, default=500_000)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "networks_hippocampus.json")
+    args = parser.parse_args()
+    if not args.data.is_dir():
+        raise SystemExit(f"{args.data} is not there: give --data, a folder of the Medical Segmentation Decathlon")
+    images = decathlon(args.data.name, args.data.parent, download=False)
+    train, validation, test, _ = images.split((30 / len(images), 12 / len(images), 40 / len(images), 1 - 82 / len(images)), seed=0)
+    setting = {"data": args.data.name, "cases": [len(p) for p in (train, validation, test)], "steps": args.steps, "batch": args.batch,
+               "size": list(SIZE), "target_parameters": args.parameters, "torch": torch.__version__, "device": args.device,
+               "machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    found = json.loads(args.out.read_text()) if args.out.exists() else {"setting": setting, "networks": {}}
+    if any(found["setting"][k] != setting[k] for k in ("data", "cases", "steps", "batch", "size", "target_parameters")):
+        raise SystemExit(f"{args.out} holds another setting: give another --out, or remove it")
+    for seed in range(args.seeds):
+        for name in args.networks:
+            row = found["networks"].get(name) or measure(name, len(images.regions), args.parameters, args.batch, args.device)
+            found["networks"][name] = {"seeds": {}, **row}
+            if str(seed) in found["networks"][name]["seeds"]:
+                continue
+            start = time.perf_counter()
+            found["networks"][name]["seeds"][str(seed)] = train_and_score(row["recipe"], (train, validation, test), seed, args.steps, args.batch, args.device)
+            save(found, args.out)
+            print(f"{name}, seed {seed}: Dice {found['networks'][name]['seeds'][str(seed)]['dice']:.3f} in {time.perf_counter() - start:.0f} s", flush=True)
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
