@@ -6,6 +6,9 @@ from medssl_nb.ssl.base import create
 
 # Options that make a method tiny; none where nothing is said.
 OPTIONS = {
+    "barlow_twins": {"hidden": 32, "dim": 16},
+    "vicreg": {"hidden": 32, "dim": 16},
+    "wmse": {"hidden": 32, "dim": 4, "shrinkage": 0.1},
     "byol": {"hidden": 32, "dim": 16},
     "simclr": {"dim": 16},
 }
