@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Every segmentation network on the same task with the same budget: what it costs, and the Dice it reaches.
 
-    python benchmarks/networks.py [--data FOLDER] [--steps 100] [--seeds 3] [--networks unet unetr ...] [--device cpu|cuda]
+    python benchmarks/networks.py [--data FOLDER] [--steps 60] [--seeds 3] [--networks unet unetr ...] [--device cpu|cuda]
                                   [--batch 2] [--parameters 500000] [--out FILE]
 
 Each network is made as wide as brings it closest to --parameters. 30 cases train, 12 choose the step (validation), 40 are
@@ -27,12 +27,17 @@ SIZE = (40, 56, 40)  # crop, and window of prediction: nearly all volumes fit in
 OPTIONS = {"unet": {"double_before_pool": False, "levels": 4}, "unetr": {"depth": 4, "patch": 8}}
 
 
-def measure(name, classes, parameters, batch, device):
-    "A row of costs, and the recipe of the network."
-    network = create_near(name, parameters, spatial_dims=3, out_channels=classes, **OPTIONS.get(name, {}))
+def recipe_of(name, classes, parameters):
+    "The recipe of the network of this name that is closest to so many parameters."
+    return create_near(name, parameters, spatial_dims=3, out_channels=classes, step=2, **OPTIONS.get(name, {})).recipe
+
+
+def costs(recipe, batch, device):
+    "What the network costs: counted, and the time of a step measured."
+    network = nets.create(**recipe)
     seconds = step_seconds(network.to(device).train(), torch.randn(batch, 1, *SIZE, device=device))
     return {
-        "recipe": network.recipe, "parameters": count_parameters(network), "multiply_adds": multiply_adds(network, SIZE),
+        "parameters": count_parameters(network), "multiply_adds": multiply_adds(network, SIZE),
         "activation_bytes": activation_bytes(network, SIZE), "step_seconds": seconds,
     }
 
@@ -68,7 +73,7 @@ def main():
     names = [card.name for card in nets.cards() if card.kind == "segmentation"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=here / "Task04_Hippocampus")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--networks", nargs="+", default=names, choices=names)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -88,14 +93,16 @@ def main():
         raise SystemExit(f"{args.out} holds another setting: give another --out, or remove it")
     for seed in range(args.seeds):
         for name in args.networks:
-            row = found["networks"].get(name) or measure(name, len(images.regions), args.parameters, args.batch, args.device)
-            found["networks"][name] = {"seeds": {}, **row}
-            if str(seed) in found["networks"][name]["seeds"]:
+            row = found["networks"].setdefault(name, {"recipe": recipe_of(name, len(images.regions), args.parameters), "seeds": {}})
+            if str(seed) in row["seeds"]:
                 continue
             start = time.perf_counter()
-            found["networks"][name]["seeds"][str(seed)] = train_and_score(row["recipe"], (train, validation, test), seed, args.steps, args.batch, args.device)
+            row["seeds"][str(seed)] = train_and_score(row["recipe"], (train, validation, test), seed, args.steps, args.batch, args.device)
             save(found, args.out)
-            print(f"{name}, seed {seed}: Dice {found['networks'][name]['seeds'][str(seed)]['dice']:.3f} in {time.perf_counter() - start:.0f} s", flush=True)
+            print(f"{name}, seed {seed}: Dice {row['seeds'][str(seed)]['dice']:.3f} in {time.perf_counter() - start:.0f} s", flush=True)
+    for row in found["networks"].values():  # last, and in one go: nothing else of ours runs beside them
+        row.update(costs(row["recipe"], args.batch, args.device))
+    save(found, args.out)
     print(table(found))
 
 

@@ -11,6 +11,8 @@ OPTIONS = {
     "wmse": {"hidden": 32, "dim": 4, "shrinkage": 0.1},
     "byol": {"hidden": 32, "dim": 16},
     "simclr": {"dim": 16},
+    "deepcluster": {"clusters": 4, "pca": 8},
+    "swav": {"prototypes": 8, "hidden": 32, "dim": 16, "small": 2, "frozen": 0.0},
 }
 # The network and its options, where a method wants another than a small ResNet-18.
 NETWORKS = {

@@ -21,9 +21,8 @@ def bernoulli(probability, generator=None):
 class RestrictedBoltzmannMachine(nn.Module):
     """Visible units (..., visible), binary or Gaussian of variance 1, tied to binary hidden units (..., hidden).
 
-    visible_copies, hidden_copies: how often each unit of that side counts, with the same weights and the same state: 2
-    towards a neighbour of a deep Boltzmann machine that is not there while one layer trains alone. Sources: Smolensky
-    1986; Hinton 2002; the copies: Salakhutdinov and Hinton 2009; weights start at N(0, 0.01²): Hinton 2010.
+    visible_copies, hidden_copies: how often the units of a side count, same weights and state: 2 in a layer of a deep Boltzmann
+    machine. Sources: Smolensky 1986; Hinton 2002 and 2010 (weights from N(0, 0.01²)); Salakhutdinov and Hinton 2009 (copies).
     """
 
     def __init__(self, visible, hidden, gaussian=False, visible_copies=1, hidden_copies=1):
@@ -33,9 +32,11 @@ class RestrictedBoltzmannMachine(nn.Module):
         self.visible_bias = nn.Parameter(torch.zeros(visible))
         self.hidden_bias = nn.Parameter(torch.zeros(hidden))
 
-    def hidden(self, v):
-        "P(h = 1 | v)."
+    def forward(self, v):
+        "P(h = 1 | v); the same by the name `hidden`."
         return torch.sigmoid(self.hidden_bias + self.visible_copies * F.linear(v, self.weight))
+
+    hidden = forward
 
     def visible(self, h):
         "P(v = 1 | h), or the mean of Gaussian v."
@@ -65,7 +66,7 @@ def upward(layers, v):
     "P(h = 1 | what is below) of each layer in turn, each as it was trained, by itself: a list of (..., width)."
     means = []
     for layer in layers:
-        v = layer.hidden(v)
+        v = layer(v)
         means.append(v)
     return means
 
@@ -133,7 +134,7 @@ def seen_by_layer(encoder, layer, x):
     rows = cut_patches(x, encoder.strides[0]).flatten(0, -2)
     return ([rows] + upward(encoder.layers[:layer], rows))[-1]
 
-
+# %% ../../nbs/2_foundations/02_layer_by_layer.ipynb #de730990
 class OneLayer(nn.Module):
     "One layer of a BoltzmannMachine, to be trained on what the layers below it say. Only its weights belong to this module."
 

@@ -31,7 +31,7 @@ class SelfOrganisingMap:
 
     def fit(self, samples, steps, rate=(0.5, 0.02), radius=None, generator=None):
         "Takes steps on samples drawn at random; rate and radius shrink evenly in their logarithm from first to last; returns itself."
-        radius = radius or (max(self.weights.shape[:2]) / 2, 0.5)
+        radius = radius or (max(self.weights.shape[:2]) / 2, 0.3)
         for i, n in enumerate(torch.randint(len(samples), (steps,), generator=generator).tolist()):
             done = i / steps
             self.step(samples[n], *(first * (last / first) ** done for first, last in (rate, radius)))

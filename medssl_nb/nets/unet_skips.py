@@ -15,24 +15,28 @@ from .base import ConvNormAct, Encoder, NetCard, by_dimension, check_input, crea
 from .unet import UNet, UNetEncoder, Up, two_blocks
 
 # %% ../../nbs/2_foundations/12_dense_and_gated_skips.ipynb #7c082bea
+def _nodes(encoder, norm):
+    "The nodes x^{i,j} with j > 0 of a U-Net++ on this encoder, by their name \"ij\"."
+    c, depth = encoder.channels, len(encoder.channels) - 1
+    return nn.ModuleDict({
+        f"{i}{j}": Up(encoder.spatial_dims, c[i + 1], c[i], j * c[i], c[i], 2, norm)
+        for j in range(1, depth + 1) for i in range(depth + 1 - j)
+    })
+
+# %% ../../nbs/2_foundations/12_dense_and_gated_skips.ipynb #da513506
 class NestedUNet(nn.Module):
     """U-Net++ on an encoder with strides 1, 2, 4, ...: (B, C, *space) -> logits (B, out_channels, *space), of any size.
 
-    deep_supervision: a head on the finest map of each depth; forward gives the mean of all_logits, "accurate mode".
-    Without, one head on the deepest. Its parts are encoder, nodes ("ij" for x^{i,j}) and heads. Zhou et al. 2018.
+    deep_supervision: a head on the finest map of each depth, else on the deepest alone; forward gives the mean of
+    all_logits, "accurate mode". Its parts are encoder, nodes ("ij" for x^{i,j}) and heads. Zhou et al. 2018.
     """
 
     def __init__(self, encoder, out_channels, deep_supervision=True, norm="batch"):
         super().__init__()
-        c, dims = encoder.channels, encoder.spatial_dims
-        self.encoder, self.depth = encoder, len(c) - 1
-        self.nodes = nn.ModuleDict({
-            f"{i}{j}": Up(dims, c[i + 1], c[i], j * c[i], c[i], 2, norm)
-            for j in range(1, self.depth + 1) for i in range(self.depth + 1 - j)
-        })
+        self.encoder, self.nodes, self.depth = encoder, he_normal(_nodes(encoder, norm)), len(encoder.channels) - 1
         depths = range(1, self.depth + 1) if deep_supervision else [self.depth]
-        self.heads = nn.ModuleDict({str(j): by_dimension("Conv", dims)(c[0], out_channels, 1) for j in depths})
-        he_normal(self.nodes)
+        conv = by_dimension("Conv", encoder.spatial_dims)
+        self.heads = nn.ModuleDict({str(j): conv(encoder.channels[0], out_channels, 1) for j in depths})
 
     def top_row(self, x):
         "x^{0,1}, ..., x^{0,depth}: the last map of the U-Net of each depth, (B, channels[0], *space)."
