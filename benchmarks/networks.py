@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Every segmentation network on the same task with the same budget: what it costs, and the Dice it reaches.
 
-    python benchmarks/networks.py [--data FOLDER] [--steps 60] [--seeds 3] [--networks unet unetr ...] [--device cpu|cuda]
-                                  [--batch 2] [--parameters 500000] [--out FILE]
+    python benchmarks/networks.py [--data FOLDER] [--steps 50] [--seeds 3] [--networks unet unetr ...] [--device cpu|cuda]
+                                  [--batch 2] [--parameters 200000] [--out FILE]
 
-Each network is made as wide as brings it closest to --parameters. 30 cases train, 12 choose the step (validation), 40 are
+Each network is made as wide as brings it closest to --parameters. 30 cases train, 8 choose the step (validation), 30 are
 scored once: Dice a case, foreground only. The seeds change the first weights and the order of the batches, not the split.
 FOLDER is in the layout of the Medical Segmentation Decathlon (default: Task04_Hippocampus of ../shared/data or of the folder
 that MEDSSL_NB_DATA names). Finished cells are kept in the file: a run that was killed goes on where it stopped.
@@ -24,7 +24,7 @@ from medssl_nb.evaluate.protocols import finetune
 from medssl_nb.nets.inspection import activation_bytes, count_parameters, create_near, multiply_adds, step_seconds
 
 SIZE = (40, 56, 40)  # crop, and window of prediction: nearly all volumes fit into one
-OPTIONS = {"unet": {"double_before_pool": False, "levels": 4}, "unetr": {"depth": 4, "patch": 8}}
+OPTIONS = {"unet": {"double_before_pool": False, "levels": 4}, "unetr": {"depth": 4}, "swin_unet": {"heads": 1}}
 
 
 def recipe_of(name, classes, parameters):
@@ -46,7 +46,7 @@ def train_and_score(recipe, parts, seed, steps, batch, device):
     "One training: the mean Dice of the test cases, and each of them."
     torch.manual_seed(seed)
     result = finetune(nets.create(**recipe), *parts, steps=steps, batch_size=batch, size=SIZE, lr=5e-3, seed=seed,
-                      evaluate_every=max(1, steps // 4), device=device, progress=False)
+                      evaluate_every=max(1, steps // 2), device=device, progress=False)
     return {"dice": result.score, "cases": [round(float(c), 4) for c in torch.as_tensor(result.cases).float().nanmean(-1)], "step": result.chosen}
 
 
@@ -73,18 +73,18 @@ def main():
     names = [card.name for card in nets.cards() if card.kind == "segmentation"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=here / "Task04_Hippocampus")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--networks", nargs="+", default=names, choices=names)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--parameters", type=int, default=500_000)
+    parser.add_argument("--parameters", type=int, default=200_000)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "networks_hippocampus.json")
     args = parser.parse_args()
     if not args.data.is_dir():
         raise SystemExit(f"{args.data} is not there: give --data, a folder of the Medical Segmentation Decathlon")
     images = decathlon(args.data.name, args.data.parent, download=False)
-    train, validation, test, _ = images.split((30 / len(images), 12 / len(images), 40 / len(images), 1 - 82 / len(images)), seed=0)
+    train, validation, test, _ = images.split((30 / len(images), 8 / len(images), 30 / len(images), 1 - 68 / len(images)), seed=0)
     setting = {"data": args.data.name, "cases": [len(p) for p in (train, validation, test)], "steps": args.steps, "batch": args.batch,
                "size": list(SIZE), "target_parameters": args.parameters, "torch": torch.__version__, "device": args.device,
                "machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}

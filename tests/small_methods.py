@@ -6,6 +6,9 @@ from medssl_nb.ssl.base import create
 
 # Options that make a method tiny; none where nothing is said.
 OPTIONS = {
+    "exemplar_cnn": {"classes": 16},
+    "relative_location": {"hidden": 32},
+    "jigsaw": {"permutations": 8, "hidden": 32},
     "barlow_twins": {"hidden": 32, "dim": 16},
     "vicreg": {"hidden": 32, "dim": 16},
     "wmse": {"hidden": 32, "dim": 4, "shrinkage": 0.1},

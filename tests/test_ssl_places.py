@@ -7,7 +7,9 @@ import torch
 from medssl_nb.data.images import Batch, ImageSet
 from medssl_nb.nets.base import create_encoder
 from medssl_nb.ssl.base import create
-from medssl_nb.ssl.places import choose_permutations, cut_tiles, hamming, join_tiles, neighbours, read_tiles
+from medssl_nb.ssl.places import (
+    checked_sizes, choose_permutations, cut_tiles, hamming, join_tiles, neighbours, place_pair, place_tiles, read_tiles, tile_side,
+)
 
 NAMES = ("exemplar_cnn", "relative_location", "jigsaw")
 EVERY = [(name, d) for name in NAMES for d in (2, 3)]
@@ -59,18 +61,20 @@ def test_cutting_undoes_joining_and_rows_come_first(d, grid):
 @pytest.mark.parametrize("d, size, grid", [(2, (32, 38), 3), (3, (16, 17, 19), 3), (3, (16, 16, 16), 2)])
 def test_place_i_of_a_puzzle_holds_tile_order_i(d, size, grid):
     method, x = small("jigsaw", d, grid=grid, permutations=20, hidden=8), drawn(4, 2, *size)
-    pretext, side = ask(method, x), method.side_in(size)
+    pretext, side = ask(method, x), tile_side(size, grid, 0.15, 2)
     tiles = cut_tiles(pretext.views[0], grid)
     for b in range(4):
         order = method.orders[pretext.target[b]]
         for i in range(grid**d):
-            tile = piece(x[b], pretext.drawn["starts"][b, order[i]], side)
+            tile = piece(x[b], pretext.drawn["starts"][b, i], side)
+            corner = torch.tensor(list(itertools.product(range(grid), repeat=d))[order[i]]) * torch.tensor([n // grid for n in size])
+            assert (pretext.drawn["starts"][b, i] >= corner).all() and (pretext.drawn["starts"][b, i] < corner + torch.tensor(size) // grid).all()
             torch.testing.assert_close(tiles[b, i], brought(tile), atol=1e-4, rtol=1e-4)
 
 
 def test_every_tile_stays_in_its_cell_and_reaches_all_of_it():
-    method, x = small("jigsaw", gap=0.3, permutations=10), torch.zeros(4000, 1, 30, 36)
-    starts, side = method.cut(x, torch.Generator().manual_seed(0))["starts"], method.side_in((30, 36))
+    side = tile_side((30, 36), 3, 0.3, 2)
+    starts = place_tiles(torch.zeros(4000, 1, 30, 36), 3, side, torch.Generator().manual_seed(0))
     assert side == 7
     for axis, cell in enumerate((10, 12)):
         corner = torch.tensor([i // 3 if axis == 0 else i % 3 for i in range(9)]) * cell
@@ -89,7 +93,7 @@ def test_without_gap_and_normalisation_the_puzzle_is_the_image():
 
 def test_all_orders_are_asked_alike():
     method = small("jigsaw", permutations=10)
-    share = torch.bincount(method.cut(torch.zeros(5000, 1, 12, 12), torch.Generator().manual_seed(0))["order"], minlength=10) / 5000
+    share = torch.bincount(ask(method, torch.zeros(5000, 1, 12, 12)).target, minlength=10) / 5000
     assert (share - 0.1).abs().max() < 0.02
 
 
@@ -146,20 +150,18 @@ def test_neighbours_are_all_around(d, count):
 
 @pytest.mark.parametrize("d, size", [(2, (48, 60)), (3, (24, 30, 26))])
 def test_the_second_patch_lies_where_the_answer_says(d, size):
-    method, x = small("relative_location", d), drawn(2, 1, *size).expand(3000, -1, *size)
-    side, gap, shake = method.sizes_in(size)
-    placed = method.place(x, torch.Generator().manual_seed(0))
+    side, gap, shake = checked_sizes(size, 2, 0.2, 0.5, 0.1)
+    placed = place_pair(torch.zeros(3000, 1, *size), neighbours(d), side, gap, shake, torch.Generator().manual_seed(0))
     starts = placed["starts"]
     assert starts.min() >= 0 and all((starts[..., a] + side <= n).all() for a, n in enumerate(size))
-    apart = starts[:, 1] - starts[:, 0] - method.steps[placed["direction"]] * (side + gap)
+    apart = starts[:, 1] - starts[:, 0] - neighbours(d)[placed["direction"]] * (side + gap)
     assert apart.abs().max() == 2 * shake
-    share = torch.bincount(placed["direction"], minlength=len(method.steps)) / 3000
-    assert (share - 1 / len(method.steps)).abs().max() < 0.03
+    share = torch.bincount(placed["direction"], minlength=3**d - 1) / 3000
+    assert (share - 1 / (3**d - 1)).abs().max() < 0.03
 
 
 def test_the_first_patch_alone_tells_nothing():
-    method = small("relative_location")
-    placed = method.place(torch.zeros(8000, 1, 48, 48), torch.Generator().manual_seed(0))
+    placed = place_pair(torch.zeros(8000, 1, 48, 48), neighbours(2), 9, 5, 1, torch.Generator().manual_seed(0))
     starts = placed["starts"][:, 0].float()
     for k in range(8):
         assert (starts[placed["direction"] == k].mean(0) - starts.mean(0)).abs().max() < 0.35  # 1000 draws, deviation 2
@@ -170,7 +172,7 @@ def test_patches_are_those_of_the_loops(d):
     x = drawn(5, 2, *[32 if d == 2 else 16] * d)
     for normalise in (True, False):
         method = small("relative_location", d, normalise=normalise)
-        pretext, side = ask(method, x), method.sizes_in(x.shape[2:])[0]
+        pretext, side = ask(method, x), checked_sizes(x.shape[2:], 2, 0.2, 0.5, 7 / 96)[0]
         for b, i in itertools.product(range(5), (0, 1)):
             patch = piece(x[b], pretext.drawn["starts"][b, i], side)
             torch.testing.assert_close(pretext.views[i][b], brought(patch) if normalise else patch, atol=1e-4, rtol=1e-4)

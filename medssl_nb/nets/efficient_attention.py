@@ -179,15 +179,14 @@ class SwitchMLP(nn.Module):
     def __init__(self, width, hidden, experts=8, capacity=1.25):
         super().__init__()
         self.capacity, self.balance = capacity, None
-        self.router = nn.Linear(width, experts)
+        self.router = nn.Linear(width, experts, bias=False)
         nn.init.trunc_normal_(self.router.weight, std=math.sqrt(0.1 / width))
-        nn.init.zeros_(self.router.bias)
         self.experts = Experts(experts, width, hidden)
 
     def route(self, tokens):
         "The router's probabilities, (B, N, experts) float32."
         with full_precision(tokens):
-            return F.linear(tokens.float(), self.router.weight.float(), self.router.bias.float()).softmax(-1)
+            return F.linear(tokens.float(), self.router.weight.float()).softmax(-1)
 
     def forward(self, tokens):
         gate, choice = (probabilities := self.route(tokens)).max(-1)
