@@ -7,7 +7,7 @@ from medssl_nb.ssl.base import create
 # Options that make a method tiny; none where nothing is said.
 OPTIONS = {
     "exemplar_cnn": {"classes": 16},
-    "relative_location": {"hidden": 32},
+    "relative_location": {"hidden": 64, "patch": 0.32, "gap": 0.0, "jitter": 0.0},  # five voxels of 16: smaller ones hold too little
     "jigsaw": {"permutations": 8, "hidden": 32},
     "barlow_twins": {"hidden": 32, "dim": 16},
     "vicreg": {"hidden": 32, "dim": 16},
@@ -19,6 +19,7 @@ OPTIONS = {
 }
 # The network and its options, where a method wants another than a small ResNet-18.
 NETWORKS = {
+    "relative_location": ("resnet18", {"width": 16, "stem": "small"}),
     "models_genesis": ("unet", {"width": 4, "levels": 3}),
 }
 

@@ -253,6 +253,21 @@ def test_constant_images_cannot_beat_guessing():
     assert method(constant)["loss"] >= torch.tensor(8.0).log() - 1e-4
 
 
+@pytest.mark.parametrize("agreement, epsilon, grows", [(0.4, 0.05, False), (0.6, 0.05, True), (0.1, 0.02, False), (0.3, 0.02, True)])
+def test_faint_differences_grow_where_views_agree_by_more_than_epsilon_over_temperature(agreement, epsilon, grows):
+    common, *own = numbers(0, 3, 1000, 30).double()
+    views = [agreement**0.5 * common + (1 - agreement) ** 0.5 * noise for noise in own]
+    size = torch.tensor(1e-3, dtype=torch.float64, requires_grad=True)
+    loss = swapped_prediction([size * v for v in views], [sinkhorn(1e-3 * v, epsilon) for v in views], 0.1)
+    assert (torch.autograd.grad(loss, size)[0] < 0) == grows
+
+
+def test_it_leaves_the_uniform_answer_and_learns():
+    method = swav(small=1, epsilon=0.02, views={"scale": (0.8, 1.0), "degrees": 5.0})
+    history = fit(method, images_of_groups(), steps=60, batch_size=20, lr=3e-3, device="cpu", precision="fp32", progress=False)
+    assert sum(history.terms["loss"][-5:]) / 5 < 2.0794 - 0.2  # log 8
+
+
 def test_codes_carry_no_gradient_and_both_orders_cost_the_same():
     method = swav(small=0)
     pretext = method.pretext(numbers(0, 6, 1, 16, 16), torch.Generator().manual_seed(0))

@@ -156,7 +156,7 @@ def load_balance(probabilities, choice):
 
 # %% ../../nbs/2_foundations/09_attention_cost.ipynb #eb5118f8
 class Experts(nn.Module):
-    "Several MLPs side by side, an expert on its own seats: (B, experts, seats, width) -> the same shape."
+    "Several MLPs side by side, each on its own seats: (B, experts * seats, width) -> the same shape."
 
     def __init__(self, experts, width, hidden):
         super().__init__()
@@ -166,7 +166,8 @@ class Experts(nn.Module):
             nn.init.trunc_normal_(weight, std=math.sqrt(0.1 / weight.shape[1]))
 
     def forward(self, x):
-        return F.gelu(x @ self.first + self.first_bias) @ self.second + self.second_bias
+        x = x.unflatten(1, (len(self.first), -1))
+        return (F.gelu(x @ self.first + self.first_bias) @ self.second + self.second_bias).flatten(1, 2)
 
 # %% ../../nbs/2_foundations/09_attention_cost.ipynb #ec67d1ba
 class SwitchMLP(nn.Module):
@@ -194,8 +195,8 @@ class SwitchMLP(nn.Module):
         experts, seats = probabilities.shape[-1], math.ceil(self.capacity * tokens.shape[1] / probabilities.shape[-1])
         seat = take_seats(choice, experts, seats)[..., None].expand_as(tokens)
         room = tokens.new_zeros(len(tokens), experts * seats + 1, tokens.shape[2]).scatter(1, seat, tokens)
-        done = self.experts(room[:, :-1].unflatten(1, (experts, seats))).flatten(1, 2)
-        return gate[..., None].to(done.dtype) * F.pad(done, (0, 0, 0, 1)).gather(1, seat)  # no seat: 0
+        done = F.pad(self.experts(room[:, :-1]), (0, 0, 0, 1))  # no seat: 0
+        return gate[..., None].to(done.dtype) * done.gather(1, seat)
 
     def __getstate__(self):
         return {**self.__dict__, "balance": None}  # a value inside a graph cannot be copied

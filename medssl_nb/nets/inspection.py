@@ -21,7 +21,9 @@ def on_meta(network, space=None, batch=1):
     """
     encoder = network if isinstance(network, Encoder) else network.encoder
     space = space or [max(64, encoder.smallest)] * encoder.spatial_dims
-    return copy.deepcopy(network).to("meta").eval(), torch.zeros(batch, encoder.in_channels, *space, device="meta")
+    without = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in network.parameters()}
+    without.update({id(b): b.to("meta") for b in network.buffers()})  # deepcopy takes these for copies made already
+    return copy.deepcopy(network, without).eval(), torch.zeros(batch, encoder.in_channels, *space, device="meta")
 
 
 def count_parameters(network):

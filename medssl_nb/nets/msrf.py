@@ -119,7 +119,7 @@ class ShapeStream(nn.Module):
     def __init__(self, spatial_dims, channels, norm):
         super().__init__()
         pixelwise = functools.partial(convolution, spatial_dims, kernel=1)
-        widths = [max(1, channels[0] // part) for part in (1, 2, 4)]
+        widths = [max(8, channels[0] // part) for part in (1, 2, 4)]  # 32, 16, 8 in the paper
         self.start = pixelwise(channels[1], widths[0])
         self.blocks = nn.ModuleList(BasicBlock(spatial_dims, w, w, norm=norm) for w in widths)
         self.narrow = nn.ModuleList(pixelwise(a, b) for a, b in zip(widths, widths[1:]))

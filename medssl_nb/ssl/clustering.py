@@ -319,9 +319,9 @@ class _Prototypical(Method):
 class SwAV(_Prototypical):
     """From one view, predict to which prototypes another view of the image belongs, when all prototypes must be used alike.
 
-    `hidden`, `dim`: sizes of the projector; `epsilon`, `iterations`: of `sinkhorn`; `frozen`: share of the training for which
-    the prototypes stay as drawn; `queue`: past images that help to balance a small batch, a few thousand, or 0; `small`,
-    `small_size`, `small_scale`, `views`: as in `multi_crop`. Caron et al. 2020.
+    `hidden`, `dim`: of the projector; `epsilon`, `iterations`: of `sinkhorn`; `frozen`: share of the training for which the
+    prototypes stay as drawn; `queue`: past images that help to balance small batches, or 0; `small...`, `views`: of `multi_crop`.
+    A loss that stays at log(prototypes) has not begun to learn: lower `epsilon` to 0.02, or freeze for longer. Caron et al. 2020.
     """
 
     card = Card("swav", "clustering", 2020, "Caron et al.", (2, 3), "the other view's prototypes, shared out evenly")
