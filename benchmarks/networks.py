@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Every segmentation network on the same task with the same budget: what it costs, and the Dice it reaches.
 
-    python benchmarks/networks.py [--data FOLDER] [--steps 50] [--seeds 3] [--networks unet unetr ...] [--device cpu|cuda]
-                                  [--batch 2] [--parameters 200000] [--out FILE]
+    python benchmarks/networks.py [--data FOLDER] [--steps 100] [--seeds 3] [--networks unet unetr ...] [--device cpu|cuda]
+                                  [--batch 1] [--parameters 200000] [--out FILE]
 
 Each network is made as wide as brings it closest to --parameters. 30 cases train, 8 choose the step (validation), 30 are
 scored once: Dice a case, foreground only. The seeds change the first weights and the order of the batches, not the split.
@@ -73,11 +73,11 @@ def main():
     names = [card.name for card in nets.cards() if card.kind == "segmentation"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=here / "Task04_Hippocampus")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--networks", nargs="+", default=names, choices=names)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--parameters", type=int, default=200_000)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "networks_hippocampus.json")
     args = parser.parse_args()
