@@ -2,16 +2,38 @@
 
 # %% auto #0
 __all__ = ['Encoder', 'embed', 'create', 'create_encoder', 'cards', 'table', 'NetCard', 'register', 'from_monai', 'from_timm',
-           'ResNet', 'resnet18', 'resnet50', 'UNetEncoder', 'Decoder', 'UNet', 'unet']
+           'ResNet', 'resnet18', 'resnet50', 'DenseNet', 'densenet121', 'Inception', 'inception', 'EfficientNetV2',
+           'efficientnet_v2', 'Generator', 'BoltzmannMachine', 'RestrictedBoltzmannMachine', 'ContrastiveDivergence',
+           'rbm', 'dbm', 'RNNCell', 'LSTMCell', 'GRUCell', 'lstm', 'gru', 'Attention', 'TransformerBlock', 'ViT', 'vit',
+           'performer', 'axial_attention', 'switch', 'UNetEncoder', 'Decoder', 'UNet', 'unet', 's3d_unet', 'dru_net',
+           'nsunet', 'unet_pp', 'attention_unet', 'msrf_net', 'swin_unet', 'unetr', 'count_parameters', 'multiply_adds',
+           'activation_bytes', 'step_bytes', 'create_near', 'draw']
 
 # %% ../../nbs/reference/nets.ipynb #e566e762
 from medssl_nb.nets.base import (
     Encoder, embed, create, create_encoder, cards, table, NetCard, register, from_monai, from_timm,
 )
 from .resnet import ResNet, resnet18, resnet50
+from .densenet import DenseNet, densenet121
+from .convolutional import Inception, inception, EfficientNetV2, efficientnet_v2
+from .generative import Generator
+from .boltzmann import BoltzmannMachine, RestrictedBoltzmannMachine, ContrastiveDivergence, rbm, dbm
+from .recurrent import RNNCell, LSTMCell, GRUCell, lstm, gru
+from .transformer import Attention, TransformerBlock, ViT, vit
+from .efficient_attention import performer, axial_attention, switch
 from .unet import UNetEncoder, Decoder, UNet, unet
+from .unet_variants import s3d_unet, dru_net, nsunet
+from .unet_skips import unet_pp, attention_unet
+from .msrf import msrf_net
+from .transformer_unets import swin_unet, unetr
+from .inspection import count_parameters, multiply_adds, activation_bytes, step_bytes, create_near, draw
 
 _all_ = [
     "Encoder", "embed", "create", "create_encoder", "cards", "table", "NetCard", "register", "from_monai",
-    "from_timm", "ResNet", "resnet18", "resnet50", "UNetEncoder", "Decoder", "UNet", "unet",
+    "from_timm", "ResNet", "resnet18", "resnet50", "DenseNet", "densenet121", "Inception", "inception",
+    "EfficientNetV2", "efficientnet_v2", "Generator", "BoltzmannMachine", "RestrictedBoltzmannMachine",
+    "ContrastiveDivergence", "rbm", "dbm", "RNNCell", "LSTMCell", "GRUCell", "lstm", "gru", "Attention",
+    "TransformerBlock", "ViT", "vit", "performer", "axial_attention", "switch", "UNetEncoder", "Decoder", "UNet",
+    "unet", "s3d_unet", "dru_net", "nsunet", "unet_pp", "attention_unet", "msrf_net", "swin_unet", "unetr",
+    "count_parameters", "multiply_adds", "activation_bytes", "step_bytes", "create_near", "draw",
 ]

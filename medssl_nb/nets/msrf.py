@@ -241,36 +241,32 @@ class MSRFDecoder(nn.Module):
 class MSRFNet(nn.Module):
     """MSRF-Net: images (B, C, *space) -> logits (B, out_channels, *space), of any size from encoder.smallest on.
 
-    Its parts: encoder, exchange, shape, decoder, heads (of strides 4, 2, 1). Only `all_logits` uses the first two heads.
-    Options as msrf_net.
+    `all_logits` answers from strides 4, 2 and 1, and forward gives its last; `edges` gives logits of edges (B, 1, *space); `answers` both.
+    Its parts: encoder, exchange, shape, decoder, and heads, of which only all_logits uses the first two. Options as msrf_net.
     """
 
     def __init__(self, spatial_dims, in_channels, out_channels, width, norm):
         super().__init__()
         self.encoder = UNetEncoder(spatial_dims, in_channels, width, 4, False, norm, SEBlocks)
-        self.exchange = ScaleExchange(spatial_dims, self.encoder.channels)
-        self.shape = ShapeStream(spatial_dims, self.encoder.channels, norm)
-        self.decoder = MSRFDecoder(spatial_dims, self.encoder.channels, norm)
+        channels = self.encoder.channels
+        self.exchange, self.shape = ScaleExchange(spatial_dims, channels), ShapeStream(spatial_dims, channels, norm)
+        self.decoder = MSRFDecoder(spatial_dims, channels, norm)
         self.heads = nn.ModuleList(convolution(spatial_dims, c, out_channels, 1) for c in self.decoder.channels)
         glorot_uniform([self.exchange, self.shape, self.decoder, self.heads])
 
     def maps(self, x):
-        "The decoder's maps, coarse to fine, and the logits of edges (B, 1, *space)."
         fused = self.exchange(self.encoder(x))
         edges = self.shape(fused)
         return self.decoder(fused, torch.cat([edges.sigmoid(), gradient_magnitude(x)], 1)), edges
 
     def answers(self, x):
-        "What the paper's loss judges, in one pass: all_logits(x), and the logits of edges (B, 1, *space)."
         maps, edges = self.maps(x)
         return [resized(head(m), x.shape[2:]) for head, m in zip(self.heads, maps)], edges
 
     def all_logits(self, x):
-        "Logits (B, out_channels, *space) from strides 4, 2 and 1; the last is what forward returns."
         return self.answers(x)[0]
 
     def edges(self, x):
-        "Logits of edges (B, 1, *space)."
         return self.maps(x)[1]
 
     def forward(self, x):

@@ -130,13 +130,13 @@ class PatchExpanding(nn.Module):
 
     def forward(self, x):
         grid = [n * self.side for n in x.shape[2:]]
-        tokens = self.mix(tokens_of(x)).unflatten(-1, (-1, self.norm.weight.numel()))
-        return map_of_windows(self.norm(tokens).flatten(0, 1), self.side, grid)
+        tokens = self.mix(tokens_of(x)).reshape(len(x), -1, self.norm.weight.numel())
+        return map_of_windows(self.norm(tokens), self.side, grid)
 
 # %% ../../nbs/2_foundations/13_transformer_unets.ipynb #ceea2384
 def pixelwise(layer, x):
     "A layer for tokens, such as nn.LayerNorm, on each pixel of a map (B, C, *grid)."
-    return layer(x.movedim(1, -1)).movedim(-1, 1)
+    return map_of(layer(tokens_of(x)), x.shape[2:])
 
 
 class SwinEncoder(Encoder):
