@@ -135,10 +135,12 @@ def _stride(tensor, space):
     return None
 
 
-def _is_block(name, calls, space):
+def _is_block(network, name, calls, space):
     "Whether a module that was called is drawn as one: it gives maps, no list, and nothing inside lives at another size."
+    per_token = (nn.Linear, nn.LayerNorm)  # channels last: what they give is no map
     sizes = {_stride(t, space) and t.shape[2:] for _, outputs, _ in calls[name] for t in outputs}
-    inside = {t.shape[2:] for other in calls if other.startswith(name + ".") for _, outputs, _ in calls[other]
+    inside = {t.shape[2:] for other in calls if other.startswith(name + ".") and not isinstance(network.get_submodule(other), per_token)
+              for _, outputs, _ in calls[other]
               for t in outputs if t.ndim == len(space) + 2 and max(t.shape[2:]) > 1}
     gives_list = any(isinstance(output, list) for _, _, output in calls[name])
     return bool(name) and None not in sizes and not gives_list and inside <= sizes
@@ -149,7 +151,7 @@ def _blocks(network, calls, space, name=""):
     module = network.get_submodule(name)
     children = [f"{name}.{child}".lstrip(".") for child, _ in module.named_children()]
     opens = any(inner.startswith(name + ".") for inner in calls) or not name
-    if name in calls and (_is_block(name, calls, space) or not opens):
+    if name in calls and (_is_block(network, name, calls, space) or not opens):
         return [name]
     return [block for child in children for block in _blocks(network, calls, space, child)]
 

@@ -239,18 +239,17 @@ class MSRFDecoder(nn.Module):
 
 # %% ../../nbs/2_foundations/12b_msrf_net.ipynb #e728d557
 class MSRFNet(nn.Module):
-    """MSRF-Net: images (B, C, *space) -> logits (B, out_channels, *space), of any size from encoder.smallest on.
+    """MSRF-Net: images (B, C, *space) -> logits (B, out_channels, *space), of any size from encoder.smallest on; options as msrf_net.
 
-    `all_logits` answers from strides 4, 2 and 1, and forward gives its last; `edges` gives logits of edges (B, 1, *space); `answers` both.
-    Its parts: encoder, exchange, shape, decoder, and heads, of which only all_logits uses the first two. Options as msrf_net.
+    all_logits: from strides 4, 2 and 1, the last is forward's, which needs one of the three heads; edges: logits (B, 1, *space); answers: both.
     """
 
     def __init__(self, spatial_dims, in_channels, out_channels, width, norm):
         super().__init__()
         self.encoder = UNetEncoder(spatial_dims, in_channels, width, 4, False, norm, SEBlocks)
-        channels = self.encoder.channels
-        self.exchange, self.shape = ScaleExchange(spatial_dims, channels), ShapeStream(spatial_dims, channels, norm)
-        self.decoder = MSRFDecoder(spatial_dims, channels, norm)
+        self.exchange = ScaleExchange(spatial_dims, self.encoder.channels)
+        self.shape = ShapeStream(spatial_dims, self.encoder.channels, norm)
+        self.decoder = MSRFDecoder(spatial_dims, self.encoder.channels, norm)
         self.heads = nn.ModuleList(convolution(spatial_dims, c, out_channels, 1) for c in self.decoder.channels)
         glorot_uniform([self.exchange, self.shape, self.decoder, self.heads])
 
