@@ -10,6 +10,7 @@ quadratic weighted kappa, 0 is chance. Probes choose their strength on validatio
 is probed in the same way. Finished cells are kept: a run that was killed goes on where it stopped.
 """
 import argparse
+import copy
 import json
 import os
 import platform
@@ -24,7 +25,27 @@ from medssl_nb.data import cohort
 from medssl_nb.evaluate.protocols import knn, linear_probe
 from medssl_nb.train.fit import fit
 
-NETWORKS = [("resnet18", {"width": 16}), ("unet", {"width": 8, "levels": 4}), ("vit", {"width": 96, "depth": 4, "patch": 8, "heads": 4})]
+# The networks, and the methods that want another than the first: small patches need a small stem, masked tokens a ViT.
+NETWORKS = {
+    "resnet18": ("resnet18", {"width": 16}),
+    "resnet18, small stem": ("resnet18", {"width": 16, "stem": "small"}),
+    "resnet18, group norm": ("resnet18", {"width": 16, "norm": "group"}),
+    "unet": ("unet", {"width": 8, "levels": 4}),
+    "vit": ("vit", {"width": 96, "depth": 4, "patch": 8, "heads": 4}),
+    "vit of pixels": ("vit", {"width": 48, "depth": 4, "patch": 1, "heads": 4}),
+}
+WANTS = {"relative_location": "resnet18, small stem", "cpc": "resnet18, group norm", "models_genesis": "unet", "mae": "vit", "image_gpt": "vit of pixels"}
+# Heads and queues for hundreds of images, where the papers' are for a million; the chapters say why each is as it is.
+OPTIONS = {
+    "jigsaw": {"permutations": 20}, "exemplar_cnn": {"classes": 300},
+    "mae": {"width": 64, "depth": 2, "heads": 4}, "context_encoder": {"width": 16}, "image_gpt": {"pool": 4},
+    "moco_v1": {"queue": 512, "momentum": 0.99}, "moco_v2": {"queue": 512, "momentum": 0.99}, "cpc": {"dim": 64, "hidden": 64},
+    "deepcluster": {"clusters": 30, "pca": 32, "refresh_every": 25}, "swav": {"prototypes": 30, "hidden": 128, "dim": 32, "epsilon": 0.02},
+    "byol": {"hidden": 256, "dim": 64, "momentum": 0.99}, "simsiam": {"hidden": 256, "dim": 64},
+    "barlow_twins": {"hidden": 256, "dim": 64}, "vicreg": {"hidden": 256, "dim": 64}, "wmse": {"hidden": 256, "dim": 16},
+}
+IN_3D = {"wmse": {"dim": 4, "shrinkage": 0.1}, "exemplar_cnn": {"classes": 120}}  # batches of eight, and fewer images
+LR = {"vit": 1e-3, "vit of pixels": 1e-3}  # else 3e-3
 SIZE = {2: 48, 3: 64}
 BATCH = {2: 64, 3: 8}
 
@@ -35,17 +56,18 @@ def images_for(dims):
     return images.split((0.5, 0.2, 0.1, 0.2), seed=0)
 
 
+def encoder_of(network, dims, seed):
+    "One of the networks, drawn by the seed."
+    torch.manual_seed(seed)
+    kind, options = NETWORKS[network]
+    return nets.create_encoder(kind, spatial_dims=dims, **options)
+
+
 def create(name, dims, seed):
-    "The method around the first network that it takes, drawn by the seed; and that network's name."
-    problems = []
-    for network, options in NETWORKS:
-        torch.manual_seed(seed)
-        encoder = nets.create_encoder(network, spatial_dims=dims, **options)
-        try:
-            return ssl.create(name, encoder), network
-        except (ValueError, TypeError, AttributeError) as error:
-            problems.append(f"{network}: {error}")
-    raise SystemExit(f"{name} takes none of these networks: {'; '.join(problems)}")
+    "The method around its network, drawn by the seed; and that network's name."
+    network = WANTS.get(name, "resnet18")
+    options = {**OPTIONS.get(name, {}), **(IN_3D.get(name, {}) if dims == 3 else {})}
+    return ssl.create(name, encoder_of(network, dims, seed), **options), network
 
 
 def probes(encoder, parts):
@@ -59,8 +81,6 @@ def probes(encoder, parts):
 
 def steps_for(method, images, dims, seconds, device):
     "How many steps fit into the seconds, measured on a copy."
-    import copy
-
     trial = copy.deepcopy(method)
     fit(trial, images, steps=1, batch_size=BATCH[dims], device=device, progress=False)
     # Processor time on a CPU: what else runs on the machine must not shorten a training.
@@ -77,7 +97,7 @@ def cell(name, dims, seed, parts, seconds, device):
     steps = steps_for(method, unlabelled, dims, seconds, device)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        history = fit(method, unlabelled, steps=steps, batch_size=BATCH[dims], lr=1e-3, seed=seed, device=device, progress=False)
+        history = fit(method, unlabelled, steps=steps, batch_size=BATCH[dims], lr=LR.get(network, 3e-3), seed=seed, device=device, progress=False)
     window = max(1, steps // 20)
     terms = {term: [sum(v[:window]) / window, sum(v[-window:]) / window] for term, v in history.terms.items()}
     return {"network": network, "steps": steps, "terms": terms, "collapsed_at": history.collapsed_at, **probes(method.encoder.cpu(), labelled)}
@@ -85,9 +105,7 @@ def cell(name, dims, seed, parts, seconds, device):
 
 def random_cell(network, dims, seed, parts):
     "The probes of an encoder that has learned nothing."
-    torch.manual_seed(seed)
-    encoder = nets.create_encoder(network, spatial_dims=dims, **dict(NETWORKS)[network])
-    return {"network": network, **probes(encoder, parts[1:])}
+    return {"network": network, **probes(encoder_of(network, dims, seed), parts[1:])}
 
 
 def save(found, path):

@@ -178,29 +178,10 @@ def monai_names(theirs, ours):
     return positions[0]
 
 
-class Rearrange(nn.Module):
-    "The two patterns of einops that MONAI's attention needs, so that einops need not be installed."
-
-    def __init__(self, pattern, **sizes):
-        super().__init__()
-        assert pattern in ("b h (qkv l d) -> qkv b l h d", "b l h d -> b h (l d)")
-        self.sizes = (sizes["qkv"], sizes["l"], -1) if sizes else None
-
-    def forward(self, x):
-        return x.unflatten(2, self.sizes).permute(2, 0, 3, 1, 4) if self.sizes else x.transpose(1, 2).flatten(2)
-
-
-@pytest.fixture
-def without_einops(monkeypatch):
-    import monai.networks.blocks.selfattention
-
-    monkeypatch.setattr(monai.networks.blocks.selfattention, "Rearrange", Rearrange)
-
-
 @pytest.mark.parametrize("kind", ("learnable", "sincos"))
 @pytest.mark.filterwarnings("ignore:torch.meshgrid")  # in MONAI's sines and cosines
 @dims_2_3
-def test_vit_with_monai_s_weights_gives_monai_s_tokens(dims, kind, without_einops):
+def test_vit_with_monai_s_weights_gives_monai_s_tokens(dims, kind):
     from monai.networks.nets import ViT as MonaiViT
 
     torch.manual_seed(0)
@@ -225,7 +206,7 @@ def test_vit_with_monai_s_weights_gives_monai_s_tokens(dims, kind, without_einop
     assert stored == count(ours) - 4 * 3 * 24 + extra + learned
 
 
-def test_vit_with_monai_s_class_token(without_einops):
+def test_vit_with_monai_s_class_token():
     from monai.networks.nets import ViT as MonaiViT
 
     torch.manual_seed(0)

@@ -141,7 +141,6 @@ def swin_names(state):
 @pytest.mark.parametrize("dims, patch, window, size", ((2, 4, 2, 64), (2, 4, 3, 96), (3, 2, 2, 32)))
 def test_swin_encoder_with_monai_s_weights_gives_monai_s_maps(dims, patch, window, size):
     "Grids that the windows divide: elsewhere MONAI lets tokens see the zeros that fill a window up, and we do not."
-    pytest.importorskip("einops", reason="MONAI's Swin needs einops")
     from monai.networks.nets.swin_unetr import SwinTransformer
 
     torch.manual_seed(0)
@@ -206,7 +205,6 @@ def unetr_names(state, dims):
 @pytest.mark.parametrize("dims", (2, 3))
 def test_unetr_with_monai_s_weights_gives_monai_s_logits(dims):
     "With the paper's ReLU in place of MONAI's leaky ReLU, our positions in its table, and states from its (other) blocks."
-    pytest.importorskip("einops", reason="MONAI's UNETR needs einops")
     from monai.networks.nets import UNETR
 
     torch.manual_seed(0)

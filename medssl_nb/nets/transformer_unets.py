@@ -9,6 +9,7 @@ __all__ = ['windows_of', 'map_of_windows', 'offsets', 'shifts_of', 'window_mask'
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .base import Encoder, NetCard, by_dimension, check_input, fit_to, he_normal, pad_to_multiple, register
@@ -82,7 +83,7 @@ class WindowAttention(Attention):
         axes, side = tuple(range(2, 2 + len(grid))), self.window
         shifts = shifts_of(grid, side) if self.shifted else [0] * len(grid)
         filled = pad_to_multiple(map_of(x, grid), side)
-        bias, mask = self.table[self.pairs].permute(2, 0, 1), window_mask(grid, side, shifts, x.device)
+        bias, mask = F.embedding(self.pairs, self.table).permute(2, 0, 1), window_mask(grid, side, shifts, x.device)
         if mask is not None:
             bias = (bias + mask).repeat(len(x), 1, 1, 1)
         windows = super().forward(windows_of(filled.roll([-s for s in shifts], axes), side), bias)
