@@ -257,18 +257,19 @@ def test_two_processes_have_the_gradient_of_one(tmp_path):
     assert max(differences.values()) < 1e-5, differences
 
 
-def test_fit_in_two_processes_ends_as_in_one(tmp_path, images):
+@pytest.mark.parametrize("kind", (["quiet"], ["quiet", "opposed"]))
+def test_fit_in_two_processes_ends_as_in_one(tmp_path, kind):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}
     import socket
 
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         env["MASTER_PORT"] = str(s.getsockname()[1])
-    runs = [subprocess.Popen([sys.executable, HERE / "killed_run.py", tmp_path / f"out{rank}", "", "quiet"], env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
+    runs = [subprocess.Popen([sys.executable, HERE / "killed_run.py", tmp_path / f"out{rank}", "", *kind], env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
     assert [run.wait(timeout=300) for run in runs] == [0, 0]
     a, b = (load_whole(tmp_path / f"out{rank}")[0] for rank in (0, 1))
     assert all(torch.equal(a[k], b[k]) for k in a), "the two processes ended with different weights"
-    subprocess.run([sys.executable, HERE / "killed_run.py", tmp_path / "one", "", "quiet"], check=True)
+    subprocess.run([sys.executable, HERE / "killed_run.py", tmp_path / "one", "", *kind], check=True)
     one = load_whole(tmp_path / "one")[0]
     for k in one:
         torch.testing.assert_close(a[k], one[k], rtol=1e-3, atol=1e-4)

@@ -203,12 +203,16 @@ def _optimisers(model, lr, weight_decay):
     return [make_optimiser(part, lr, weight_decay) for part in (own, opponent) if part]
 
 
-def _descend(loss, optimiser, scaler, clip):
-    "Backward, clip, and step; old gradients are cleared first."
+def _descend(loss, optimiser, scaler, clip, world=1):
+    "Backward, the mean gradient of so many processes, clip, and step; old gradients are cleared first."
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
     optimiser.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
+    for p in parameters if world > 1 else []:
+        torch.distributed.all_reduce(p.grad)
+        p.grad /= world
     scaler.unscale_(optimiser)
-    nn.utils.clip_grad_norm_([p for g in optimiser.param_groups for p in g["params"]], clip)
+    nn.utils.clip_grad_norm_(parameters, clip)
     scaler.step(optimiser)
 
 # %% ../../nbs/6_practice/03_training.ipynb #2befdd25
@@ -218,7 +222,7 @@ def _step(run, wrapped, pretext):
     if len(run.optimisers) > 1:
         with run.autocast():
             loss = run.model.adversary(pretext)
-        _descend(loss, run.optimisers[1], run.scaler, clip)
+        _descend(loss, run.optimisers[1], run.scaler, clip, run.world)  # the wrapper averages the model's gradients only
     with run.autocast():
         terms = wrapped(pretext)
     _descend(terms["loss"], run.optimisers[0], run.scaler, clip)
@@ -270,7 +274,8 @@ def _wrap(run):
     if run.world == 1:
         return run.model
     ids = [run.device.index] if run.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(run.model, device_ids=ids)
+    with_opponent = len(run.optimisers) > 1  # whose parameters get no gradient from the model's loss
+    return nn.parallel.DistributedDataParallel(run.model, device_ids=ids, find_unused_parameters=with_opponent)
 
 # %% ../../nbs/6_practice/03_training.ipynb #d1d30b98
 def _train(run, images, stream, checkpoint, checkpoint_every, progress, on_step):
