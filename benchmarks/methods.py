@@ -39,9 +39,10 @@ WANTS = {"relative_location": "resnet18, small stem", "cpc": "resnet18, group no
 OPTIONS = {
     "jigsaw": {"permutations": 20}, "exemplar_cnn": {"classes": 300},
     "mae": {"width": 64, "depth": 2, "heads": 4}, "context_encoder": {"width": 16}, "image_gpt": {"pool": 4},
-    "moco_v1": {"queue": 512, "momentum": 0.99}, "moco_v2": {"queue": 512, "momentum": 0.99}, "cpc": {"dim": 64, "hidden": 64},
+    "moco_v1": {"queue": 64, "momentum": 0.99}, "moco_v2": {"queue": 64, "momentum": 0.99}, "cpc": {"dim": 64, "hidden": 64},
     "deepcluster": {"clusters": 30, "pca": 32, "refresh_every": 25}, "swav": {"prototypes": 30, "hidden": 128, "dim": 32, "epsilon": 0.02},
     "byol": {"hidden": 256, "dim": 64, "momentum": 0.99}, "simsiam": {"hidden": 256, "dim": 64},
+    "dino": {"prototypes": 64, "hidden": 256, "bottleneck": 64, "teacher_temperature": 0.02},
     "barlow_twins": {"hidden": 256, "dim": 64}, "vicreg": {"hidden": 256, "dim": 64}, "wmse": {"hidden": 256, "dim": 16},
 }
 IN_3D = {"wmse": {"dim": 4, "shrinkage": 0.1}, "exemplar_cnn": {"classes": 120}}  # batches of eight, and fewer images

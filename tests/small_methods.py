@@ -13,13 +13,26 @@ OPTIONS = {
     "vicreg": {"hidden": 32, "dim": 16},
     "wmse": {"hidden": 32, "dim": 4, "shrinkage": 0.1},
     "byol": {"hidden": 32, "dim": 16},
+    "simsiam": {"hidden": 32, "dim": 16},
+    "dino": {"prototypes": 16, "hidden": 32, "bottleneck": 16, "teacher_temperature": 0.02, "centring": 0.0, "small": 2, "frozen": 0.0},
     "simclr": {"dim": 16},
+    "vae": {"code": 8, "size": 16, "width": 4},
+    "moco_v1": {"dim": 16, "queue": 8, "momentum": 0.9},
+    "moco_v2": {"dim": 16, "queue": 2, "momentum": 0.5},  # few images: in a longer queue each would meet its own old keys
+    "cpc": {"grid": 3, "overlap": 0.5, "dim": 16, "hidden": 16},
+    "mae": {"width": 16, "depth": 1, "heads": 2},
+    "context_encoder": {"width": 4},
+    "dcgan": {"code": 8, "width": 4, "levels": 2},
+    "latent_diffusion": {"width": 8, "depth": 1},
+    "image_gpt": {"pool": 2, "levels": 8},
     "deepcluster": {"clusters": 4, "pca": 8},
     "swav": {"prototypes": 8, "hidden": 32, "dim": 16, "small": 2, "frozen": 0.0},
 }
 # The network and its options, where a method wants another than a small ResNet-18.
 NETWORKS = {
     "relative_location": ("resnet18", {"width": 16, "stem": "small"}),
+    "mae": ("vit", {"width": 32, "depth": 2, "heads": 2, "patch": 4}),
+    "image_gpt": ("vit", {"width": 32, "depth": 2, "heads": 2, "patch": 2}),
     "models_genesis": ("unet", {"width": 4, "levels": 3}),
 }
 
