@@ -87,16 +87,18 @@ def create_near(name, parameters, spatial_dims=2, in_channels=1, step=4, **optio
     Sizes are tried on the device `meta`; the one that is returned draws its weights from the global generator.
     """
 
-    def size(width):
+    def size(times):
         with torch.device("meta"):
-            return count_parameters(create(name, spatial_dims, in_channels, width=width, **options))
+            return count_parameters(create(name, spatial_dims, in_channels, width=times * step, **options))
 
-    width = step
-    while size(width) < parameters:
-        width += step
-    if width > step and parameters - size(width - step) < size(width) - parameters:
-        width -= step
-    return create(name, spatial_dims, in_channels, width=width, **options)
+    few, many = 0, 1
+    while size(many) < parameters:
+        few, many = many, 2 * many
+    while many - few > 1:
+        between = (few + many) // 2
+        few, many = (between, many) if size(between) < parameters else (few, between)
+    closest = few if few and parameters - size(few) < size(many) - parameters else many
+    return create(name, spatial_dims, in_channels, width=closest * step, **options)
 
 # %% ../../nbs/2_foundations/00b_inside_a_network.ipynb #8242f1a0
 def _tensors(value):
