@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
 """Every self-supervised method on the built-in cohort with the same budget: its pretext against chance, its encoder against a random one.
 
-    python benchmarks/methods.py [--methods simclr byol ...] [--dims 2 3] [--seeds 3] [--seconds 20] [--device cpu|cuda] [--out FILE]
+    python benchmarks/methods.py [--methods simclr byol ...] [--dims 2 3] [--seeds 3] [--seconds 20] [--device cpu|cuda] [--out FOLDER]
 
-A training gets --seconds of time (the default makes 2 minutes a method on two CPU cores: 2D and 3D, three seeds); its number of
-steps is that over the time of a step, and stands in the file. On a GPU give more: --device cuda --seconds 300.
-2D: slices of 48 × 48; 3D: volumes of 64³. Linear probe and kNN grade the ventricles (0 to 4) of patients that no training has seen:
-quadratic weighted kappa, 0 is chance. Probes choose their strength on validation patients. The random encoder of each network
-is probed in the same way. Finished cells are kept: a run that was killed goes on where it stopped.
+A training gets --seconds of one core: 2D and 3D with three seeds make two minutes a method (`--dims 2` and `--dims 3` may run side
+by side: each has its file). The number of steps is that over the time of a step, measured once a method; it stands in the file.
+On a GPU give more: --device cuda --seconds 300.
+2D: slices of 48 × 48; 3D: volumes of 64³, of which the methods that answer with an image take crops of 32³, as their papers do.
+Linear probe and kNN grade the ventricles (0 to 4) of patients that no training has seen: quadratic weighted kappa, 0 is chance.
+Probes choose their strength on validation patients. A gain is the score less that of the same encoder before its training.
+Finished cells are kept: a run that was killed goes on where it stopped.
 """
 import argparse
-import copy
 import json
 import os
 import platform
@@ -37,7 +38,8 @@ NETWORKS = {
 WANTS = {"relative_location": "resnet18, small stem", "cpc": "resnet18, group norm", "models_genesis": "unet", "mae": "vit", "image_gpt": "vit of pixels"}
 # Heads and queues for hundreds of images, where the papers' are for a million; the chapters say why each is as it is.
 OPTIONS = {
-    "jigsaw": {"permutations": 20}, "exemplar_cnn": {"classes": 300},
+    "dcgan": {"levels": 3, "start": 6, "width": 16}, "vae": {"size": 48},
+    "jigsaw": {"permutations": 20}, "exemplar_cnn": {"classes": 480},
     "mae": {"width": 64, "depth": 2, "heads": 4}, "context_encoder": {"width": 16}, "image_gpt": {"pool": 4},
     "moco_v1": {"queue": 64, "momentum": 0.99}, "moco_v2": {"queue": 64, "momentum": 0.99}, "cpc": {"dim": 64, "hidden": 64},
     "deepcluster": {"clusters": 30, "pca": 32, "refresh_every": 25}, "swav": {"prototypes": 30, "hidden": 128, "dim": 32, "epsilon": 0.02},
@@ -45,16 +47,20 @@ OPTIONS = {
     "dino": {"prototypes": 64, "hidden": 256, "bottleneck": 64, "teacher_temperature": 0.02},
     "barlow_twins": {"hidden": 256, "dim": 64}, "vicreg": {"hidden": 256, "dim": 64}, "wmse": {"hidden": 256, "dim": 16},
 }
-IN_3D = {"wmse": {"dim": 4, "shrinkage": 0.1}, "exemplar_cnn": {"classes": 120}}  # batches of eight, and fewer images
+IN_3D = {  # batches of eight, fewer images, and a sequence of 8³ tokens
+    "wmse": {"dim": 4, "shrinkage": 0.1}, "exemplar_cnn": {"classes": 168}, "image_gpt": {"pool": 8}, "dcgan": {"start": 8, "width": 8}, "vae": {"size": 32},
+}
+CROPPED = ("autoencoder", "denoising", "super_resolution", "low_light", "artefact", "context_encoder", "models_genesis", "latent_diffusion")
 LR = {"vit": 1e-3, "vit of pixels": 1e-3}  # else 3e-3
 SIZE = {2: 48, 3: 64}
 BATCH = {2: 64, 3: 8}
+PATIENTS = {2: (1200, (0.4, 0.25, 0.1, 0.25)), 3: (480, (0.35, 0.25, 0.1, 0.3))}  # unlabelled, training, validation, test
 
 
 def images_for(dims):
     "Pre-training images, and the three parts of the probes: no patient in two of them."
-    images = cohort(600 if dims == 2 else 240, size=SIZE[dims], spatial_dims=dims, seed=0, progress=False)
-    return images.split((0.5, 0.2, 0.1, 0.2), seed=0)
+    count, shares = PATIENTS[dims]
+    return cohort(count, size=SIZE[dims], spatial_dims=dims, seed=0, progress=False).split(shares, seed=0)
 
 
 def encoder_of(network, dims, seed):
@@ -66,9 +72,20 @@ def encoder_of(network, dims, seed):
 
 def create(name, dims, seed):
     "The method around its network, drawn by the seed; and that network's name."
-    network = WANTS.get(name, "resnet18")
+    network = "resnet18" if (name, dims) == ("relative_location", 3) else WANTS.get(name, "resnet18")  # its patches of 64³ are large enough
     options = {**OPTIONS.get(name, {}), **(IN_3D.get(name, {}) if dims == 3 else {})}
     return ssl.create(name, encoder_of(network, dims, seed), **options), network
+
+
+def representation(method):
+    "What is probed: the encoder, or where a method says so its own features."
+    return method.features() if hasattr(method, "features") else method.encoder
+
+
+def training(name, dims):
+    "Batch size and size of the crops, None for whole images."
+    cropped = dims == 3 and name in CROPPED
+    return {"batch_size": BATCH[dims] * (2 if cropped else 1), "size": (32,) * 3 if cropped else None}
 
 
 def probes(encoder, parts):
@@ -80,33 +97,32 @@ def probes(encoder, parts):
     return {"linear_probe": linear.score, "knn": near.score}
 
 
-def steps_for(method, images, dims, seconds, device):
-    "How many steps fit into the seconds, measured on a copy."
-    trial = copy.deepcopy(method)
-    fit(trial, images, steps=1, batch_size=BATCH[dims], device=device, progress=False)
+def steps_for(name, images, dims, seconds, device):
+    "How many steps fit into the seconds."
+    method, _ = create(name, dims, 0)
+    setting = {**training(name, dims), "device": device, "progress": False}
+    fit(method, images, steps=1, **setting)
     # Processor time on a CPU: what else runs on the machine must not shorten a training.
     clock = time.perf_counter if device.startswith("cuda") else lambda: time.process_time() / torch.get_num_threads()
     start = clock()
-    fit(trial, images, steps=3, batch_size=BATCH[dims], device=device, progress=False)
+    fit(method, images, steps=3, **setting)
     return max(5, int(seconds / ((clock() - start) / 3)))
 
 
-def cell(name, dims, seed, parts, seconds, device):
-    "One training and its probes."
+def cell(name, dims, seed, parts, steps, device, untrained):
+    "One training, and the probes before and after it; those before are kept in `untrained`, since many methods share an encoder."
     unlabelled, *labelled = parts
     method, network = create(name, dims, seed)
-    steps = steps_for(method, unlabelled, dims, seconds, device)
+    if (network, seed) not in untrained:
+        untrained[network, seed] = probes(representation(method), labelled)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        history = fit(method, unlabelled, steps=steps, batch_size=BATCH[dims], lr=LR.get(network, 3e-3), seed=seed, device=device, progress=False)
+        history = fit(method, unlabelled, steps=steps, lr=LR.get(network, 3e-3), seed=seed, device=device, progress=False, **training(name, dims))
     window = max(1, steps // 20)
     terms = {term: [sum(v[:window]) / window, sum(v[-window:]) / window] for term, v in history.terms.items()}
-    return {"network": network, "steps": steps, "terms": terms, "collapsed_at": history.collapsed_at, **probes(method.encoder.cpu(), labelled)}
-
-
-def random_cell(network, dims, seed, parts):
-    "The probes of an encoder that has learned nothing."
-    return {"network": network, **probes(encoder_of(network, dims, seed), parts[1:])}
+    health = {what: values[-1] for what, values in history.health.items() if what != "step"}
+    return {"network": network, "steps": steps, "terms": terms, "collapsed_at": history.collapsed_at, "health": health,
+            "random": untrained[network, seed], **probes(representation(method.cpu()), labelled)}
 
 
 def save(found, path):
@@ -123,52 +139,57 @@ def spread(values):
 
 
 def table(found):
-    "The results as a Markdown table: pretext before → after, probes beside those of the random encoder."
-    rows = ["| method | family | dims | steps | pretext: start → end | linear probe | random | kNN | random |", "| --- " * 9 + "|"]
+    "The results of one file as a Markdown table: pretext before → after, probes before → after, and the gain of each seed."
+    rows = ["| method | family | steps | pretext: start → end | linear probe: random → trained | gain | kNN: random → trained | gain |", "| --- " * 8 + "|"]
     for card in ssl.cards():
-        for dims in card.dims:
-            cells = found["cells"].get(f"{card.name} {dims}D", {}).values()
-            if not cells:
-                continue
-            first = next(iter(cells))
-            term = "accuracy" if "accuracy" in first["terms"] else "loss"
-            start, end = (spread([c["terms"][term][i] for c in cells]) for i in (0, 1))
-            base = found["cells"][f"random {first['network']} {dims}D"].values()
-            scores = [spread([c[what] for c in group]) for what in ("linear_probe", "knn") for group in (cells, base)]
-            rows.append(f"| `{card.name}` | {card.family} | {dims}D | {first['steps']} | {term} {start} → {end} | " + " | ".join(scores) + " |")
+        cells = list(found["cells"].get(card.name, {}).values())
+        if not cells:
+            continue
+        term = "accuracy" if "accuracy" in cells[0]["terms"] else "loss"
+        shown = [term + " " + " → ".join(spread([c["terms"][term][i] for c in cells]) for i in (0, 1))]
+        for what in ("linear_probe", "knn"):
+            before, after = [c["random"][what] for c in cells], [c[what] for c in cells]
+            shown += [f"{spread(before)} → {spread(after)}", spread([b - a for a, b in zip(before, after)])]
+        rows.append(f"| `{card.name}` | {card.family} | {cells[0]['steps']} | " + " | ".join(shown) + " |")
     return "\n".join(rows)
 
 
+def measure(dims, names, seeds, seconds, device, path):
+    "All cells of one dimension, seed by seed, kept in the file at `path`; returns what the file holds."
+    setting = {"dims": dims, "seconds": seconds, "device": device, "size": SIZE[dims], "batch": BATCH[dims], "patients": PATIENTS[dims][0],
+               "torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.processor() or platform.machine()}
+    found = json.loads(path.read_text()) if path.exists() else {"setting": setting, "steps": {}, "cells": {}}
+    if any(found["setting"][key] != setting[key] for key in ("dims", "seconds", "device", "size", "batch", "patients")):
+        raise SystemExit(f"{path} holds another setting: give another --out, or remove it")
+    parts, untrained = images_for(dims), {}
+    for seed in map(str, range(seeds)):
+        for name in names:
+            row = found["cells"].setdefault(name, {})
+            if seed in row:
+                continue
+            if name not in found["steps"]:
+                found["steps"][name] = steps_for(name, parts[0], dims, seconds, device)
+            row[seed] = cell(name, dims, int(seed), parts, found["steps"][name], device, untrained)
+            save(found, path)
+            print(f"{name}, {dims}D, seed {seed}: {row[seed]['random']['linear_probe']:.3f} → {row[seed]['linear_probe']:.3f} "
+                  f"after {row[seed]['steps']} steps", flush=True)
+    return found
+
+
 def main():
-    names = [card.name for card in ssl.cards()]
+    known = {card.name: card for card in ssl.cards()}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=names, choices=names)
+    parser.add_argument("--methods", nargs="+", default=list(known), choices=known)
     parser.add_argument("--dims", nargs="+", type=int, default=[2, 3], choices=[2, 3])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "methods.json")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
-    setting = {"seconds": args.seconds, "device": args.device, "size": {str(k): v for k, v in SIZE.items()}, "batch": {str(k): v for k, v in BATCH.items()},
-               "torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.processor() or platform.machine()}
-    found = json.loads(args.out.read_text()) if args.out.exists() else {"setting": setting, "cells": {}}
-    if any(found["setting"][key] != setting[key] for key in ("seconds", "device", "size", "batch")):
-        raise SystemExit(f"{args.out} holds another setting: give another --out, or remove it")
-    families = {card.name: card for card in ssl.cards()}
     for dims in args.dims:
-        parts = images_for(dims)
-        for seed in range(args.seeds):
-            for name in [n for n in args.methods if dims in families[n].dims]:
-                row = found["cells"].setdefault(f"{name} {dims}D", {})
-                if str(seed) not in row:
-                    row[str(seed)] = cell(name, dims, seed, parts, args.seconds, args.device)
-                base = found["cells"].setdefault(f"random {row[str(seed)]['network']} {dims}D", {})
-                if str(seed) not in base:
-                    base[str(seed)] = random_cell(row[str(seed)]["network"], dims, seed, parts)
-                save(found, args.out)
-                print(f"{name}, {dims}D, seed {seed}: {row[str(seed)]['linear_probe']:.3f} after {row[str(seed)]['steps']} steps "
-                      f"(random {base[str(seed)]['linear_probe']:.3f})", flush=True)
-    print(table(found))
+        names = [name for name in args.methods if dims in known[name].dims]
+        found = measure(dims, names, args.seeds, args.seconds, args.device, args.out / f"methods_{dims}d.json")
+        print(f"\n{dims}D\n\n{table(found)}\n", flush=True)
 
 
 if __name__ == "__main__":

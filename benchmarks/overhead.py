@@ -18,19 +18,21 @@ from pathlib import Path
 
 import torch
 
-from methods import create
+from methods import PATIENTS, create
 from medssl_nb import ssl
+from medssl_nb.data import ImageSet
 
 SPACE = {2: (64, 64), 3: (32, 32, 32)}
 
 
 def timed(work, device):
-    "Seconds of work on the device."
-    start = time.perf_counter()
+    "Seconds of work on the device; on a CPU those of the process, so that what else runs on the machine does not count."
+    clock = time.perf_counter if device.startswith("cuda") else time.process_time
+    start = clock()
     work()
     if device.startswith("cuda"):
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def rounds(name, dims, batch, steps, device):
@@ -40,9 +42,7 @@ def rounds(name, dims, batch, steps, device):
     x = torch.randn(batch, 1, *SPACE[dims], device=device)
     generator = torch.Generator(device).manual_seed(0)
     if hasattr(method, "refresh"):
-        from medssl_nb.data import ImageSet
-
-        method.refresh(ImageSet(x.cpu()))
+        method.refresh(ImageSet(torch.randn(int(PATIENTS[dims][0] * PATIENTS[dims][1][0]), 1, *SPACE[dims])))
     pretext = method.pretext(x, generator)
     optimiser = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], fused=device.startswith("cuda"))
 
@@ -52,12 +52,17 @@ def rounds(name, dims, batch, steps, device):
                 sum(m.float().mean() for m in method.encoder(view)).backward()
         method.zero_grad()
 
-    def whole_network():
+    def learn(pretext):
+        if hasattr(method, "adversary"):
+            method.adversary(pretext).backward()
         method(pretext)["loss"].backward()
+
+    def whole_network():
+        learn(pretext)
         method.zero_grad()
 
     def step():
-        method(method.pretext(x, generator))["loss"].backward()
+        learn(method.pretext(x, generator))
         optimiser.step()
         optimiser.zero_grad()
         method.after_step(0.5)

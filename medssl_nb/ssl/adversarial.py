@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nets.base import ConvNormAct, Encoder, check_input
+from ..nets.base import Encoder, check_input
 from ..nets.generative import Generator
 from .base import Card, Method, Pretext, images_of, register
-from .masked import judged
+from .masked import judged, strided_steps
 
 # %% ../../nbs/3_taxonomy/03e_adversarial.ipynb #d519c62c
 def discriminator_loss(real: Tensor, generated: Tensor) -> Tensor:
@@ -64,9 +64,7 @@ class StridedEncoder(Encoder):
     def __init__(self, spatial_dims=2, in_channels=1, width=64, levels=4):
         channels = [width * 2**level for level in range(levels)]
         super().__init__(spatial_dims, in_channels, channels, [2 ** (level + 1) for level in range(levels)])
-        plan = zip([in_channels, *channels], channels, ["none", *["batch"] * (levels - 1)])
-        leaky = lambda: nn.LeakyReLU(0.2)
-        self.levels = nn.ModuleList(ConvNormAct(spatial_dims, a, b, stride=2, norm=norm, activation=leaky) for a, b, norm in plan)
+        self.levels = nn.ModuleList(strided_steps(spatial_dims, in_channels, width, levels))
         for level in self.levels:
             nn.init.normal_(level.conv.weight, std=0.02)
 
@@ -127,7 +125,7 @@ class DCGAN(Method):
             generated = self.judge(pretext.views[1])
         real = self.judge(pretext.views[0])
         terms = {"real": judged(real, True), "generated": judged(generated, False)}
-        return {"loss": discriminator_loss(real, generated), **terms}
+        return {"loss": sum(terms.values()), **terms}
 
     @torch.no_grad()
     def sample(self, count: int, generator=None) -> Tensor:

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Card, Method, Pretext, gather, images_of, mlp, register
-from ..views.recipes import two_views
+from .base import Card, Pretext, TwoViews, gather, mlp, register
 
 # %% ../../nbs/3_taxonomy/04_contrastive.ipynb #86123c1d
 def nt_xent(first: Tensor, second: Tensor, temperature: float = 0.1) -> Tensor:
@@ -27,24 +26,20 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float = 0.1) -> Tensor:
 
 # %% ../../nbs/3_taxonomy/04_contrastive.ipynb #71407890
 @register
-class SimCLR(Method):
+class SimCLR(TwoViews):
     """Two views of an image find each other among all views of the batch.
 
-    `dim` is the size of the projection; `temperature` as in `nt_xent`; further `views` options go to `two_views`.
+    `dim` is the size of the projection; `temperature` as in `nt_xent`; `views`: options of `two_views`.
     Chen et al. 2020.
     """
 
     card = Card("simclr", "contrastive", 2020, "Chen et al.", (2, 3), "which two views come from one image")
 
     def __init__(self, encoder: nn.Module, dim: int = 128, temperature: float = 0.1, views: "dict | None" = None):
-        super().__init__(encoder)
+        super().__init__(encoder, views)
         width = encoder.channels[-1]
         self.projector = mlp(width, width, dim)
-        self.temperature, self.views = temperature, views or {}
-
-    def pretext(self, batch, generator=None) -> Pretext:
-        first, second, drawn = two_views(images_of(batch), generator=generator, **self.views)
-        return Pretext((first, second), None, drawn)
+        self.temperature = temperature
 
     def forward(self, pretext: Pretext) -> dict:
         z = self.projector(self.embed(torch.cat(pretext.views)))

@@ -59,7 +59,7 @@ def step_back(noisy: Tensor, noise: Tensor, left: Tensor, less: Tensor, eta: flo
 
     eta: 0 for DDIM, 1 for DDPM, which wants `fresh` noise; limit: no clean value is believed beyond it. Song et al. 2021, equation 12.
     """
-    clean = ((noisy - (1 - left).sqrt() * noise) / left.sqrt()).clamp(-limit, limit)
+    clean = clean_estimate(noisy, noise, left).clamp(-limit, limit)
     sigma = eta * ((1 - less) / (1 - left) * (1 - left / less)).sqrt()
     back = less.sqrt() * clean + (1 - less - sigma**2).clamp_min(0).sqrt() * noise
     return back if fresh is None else back + sigma * fresh

@@ -2,8 +2,8 @@
 
 # %% auto #0
 __all__ = ['patchify', 'unpatchify', 'hidden_count', 'random_hidden', 'normalised_patches', 'masked_error', 'take', 'MAEDecoder',
-           'needs_vit', 'MAE', 'restored', 'border_weights', 'judged', 'Opponent', 'box_sides', 'place_boxes',
-           'asked_box', 'ContextEncoder']
+           'needs_vit', 'MAE', 'restored', 'border_weights', 'judged', 'strided_steps', 'Opponent', 'box_sides',
+           'place_boxes', 'asked_box', 'ContextEncoder']
 
 # %% ../../nbs/3_taxonomy/03c_masked.ipynb #7ce12085
 import torch
@@ -167,14 +167,19 @@ def judged(logits: Tensor, real: bool) -> Tensor:
     return F.softplus(-logits.float() if real else logits.float()).mean()
 
 # %% ../../nbs/3_taxonomy/03c_masked.ipynb #1561c5e8
+def strided_steps(spatial_dims: int, in_channels: int, width: int, levels: int) -> list:
+    "Convolutions of stride 2 with LeakyReLU, batch norm in all but the first; channels double from `width`. Radford et al. 2016."
+    channels, leaky = [in_channels, *[width * 2**i for i in range(levels)]], lambda: nn.LeakyReLU(0.2)
+    norms = ["none", *["batch"] * (levels - 1)]
+    return [ConvNormAct(spatial_dims, a, b, stride=2, norm=norm, activation=leaky) for a, b, norm in zip(channels, channels[1:], norms)]
+
+
 class Opponent(nn.Sequential):
     "Does a box look real? (B, C, *space) -> logits (B,): strided convolutions as in DCGAN, the last map averaged."
 
     def __init__(self, spatial_dims: int, in_channels: int, width: int = 64, levels: int = 3):
-        leaky, channels = (lambda: nn.LeakyReLU(0.2)), [in_channels, *[width * 2**i for i in range(levels)]]
-        plan = zip(channels, channels[1:], ["none", *["batch"] * (levels - 1)])
-        steps = [ConvNormAct(spatial_dims, a, b, stride=2, norm=norm, activation=leaky) for a, b, norm in plan]
-        super().__init__(*steps, convolution(spatial_dims, channels[-1], 1))
+        answer = convolution(spatial_dims, width * 2 ** (levels - 1), 1)
+        super().__init__(*strided_steps(spatial_dims, in_channels, width, levels), answer)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).flatten(1).mean(1)

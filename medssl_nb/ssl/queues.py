@@ -15,17 +15,17 @@ from torch import Tensor, nn
 
 from ..nets.base import convolution
 from ..nets.recurrent import GRUCell, read
-from .base import Card, Method, Pretext, gather, images_of, register
+from .base import Card, Method, Pretext, TwoViews, gather, images_of, precise, register
 from .clustering import Queue
 from .distillation import move_average
 from .places import answered, cut_tiles, join_tiles, read_tiles
 from ..views.geometry import spatial_shape, uniform
-from ..views.recipes import augment, two_views
+from ..views.recipes import augment
 
 # %% ../../nbs/3_taxonomy/04b_queues_and_predictions.ipynb #e22d6a0e
 def unit(z: Tensor) -> Tensor:
     "Embeddings (N, d) brought to length 1, in float32, or float64 if they are."
-    return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
+    return F.normalize(precise(z), dim=1)
 
 
 def queue_logits(query: Tensor, positive: Tensor, negatives: Tensor, temperature: float = 0.07) -> Tensor:
@@ -87,17 +87,13 @@ class SlowCopy(nn.Module):
         move_statistics(self.network, network, momentum)
 
 # %% ../../nbs/3_taxonomy/04b_queues_and_predictions.ipynb #119074c6
-class QueryAndKey(Method):
+class QueryAndKey(TwoViews):
     "Two views of each image: the query network, `encoder` and `head`, sees the first, its slow copy the second."
 
     def __init__(self, encoder: nn.Module, head: nn.Module, views: dict):
-        super().__init__(encoder)
-        self.head, self.views = head, views
+        super().__init__(encoder, views)
+        self.head = head
         self.key_encoder, self.key_head = SlowCopy(encoder), SlowCopy(head)
-
-    def pretext(self, batch, generator=None) -> Pretext:
-        first, second, drawn = two_views(images_of(batch), generator=generator, **self.views)
-        return Pretext((first, second), None, drawn)
 
     def keys_of(self, view: Tensor) -> Tensor:
         "The keys (B, dim) of a view, of length 1, without a gradient."
