@@ -39,7 +39,8 @@ WANTS = {"relative_location": "resnet18, small stem", "cpc": "resnet18, group no
 # Heads and queues for hundreds of images, where the papers' are for a million; the chapters say why each is as it is.
 OPTIONS = {
     "dcgan": {"levels": 3, "start": 6, "width": 16}, "vae": {"size": 48},
-    "jigsaw": {"permutations": 20}, "exemplar_cnn": {"classes": 480},
+    "jigsaw": {"permutations": 20}, "rubik_cube": {"permutations": 20, "hidden": 128}, "rubik_cube_plus": {"permutations": 20, "hidden": 128},
+    "rubik_cube_pp": {"grid": 2, "width": 8}, "exemplar_cnn": {"classes": 480},
     "mae": {"width": 64, "depth": 2, "heads": 4}, "context_encoder": {"width": 16}, "image_gpt": {"pool": 4},
     "moco_v1": {"queue": 64, "momentum": 0.99}, "moco_v2": {"queue": 64, "momentum": 0.99}, "cpc": {"dim": 64, "hidden": 64},
     "deepcluster": {"clusters": 30, "pca": 32, "refresh_every": 25}, "swav": {"prototypes": 30, "hidden": 128, "dim": 32, "epsilon": 0.02},

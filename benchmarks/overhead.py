@@ -22,7 +22,7 @@ from methods import PATIENTS, create
 from medssl_nb import ssl
 from medssl_nb.data import ImageSet
 
-SPACE = {2: (64, 64), 3: (32, 32, 32)}
+SPACE = {2: (64, 64), 3: (40, 40, 40)}
 
 
 def timed(work, device):

@@ -9,6 +9,11 @@ OPTIONS = {
     "exemplar_cnn": {"classes": 16},
     "relative_location": {"hidden": 64, "patch": 0.32, "gap": 0.0, "jitter": 0.0},  # five voxels of 16: smaller ones hold too little
     "jigsaw": {"permutations": 8, "hidden": 32},
+    "slice_order": {"hidden": 32},
+    "patch_distance": {"dim": 8},
+    "rubik_cube": {"permutations": 8, "hidden": 32},
+    "rubik_cube_plus": {"permutations": 4, "hidden": 64, "share": 0.9},  # masks that forty steps can find
+    "rubik_cube_pp": {"grid": 2, "width": 4},
     "barlow_twins": {"hidden": 32, "dim": 16},
     "vicreg": {"hidden": 32, "dim": 16},
     "wmse": {"hidden": 32, "dim": 4, "shrinkage": 0.1},
@@ -20,6 +25,8 @@ OPTIONS = {
     "moco_v1": {"dim": 16, "queue": 8, "momentum": 0.9},
     "moco_v2": {"dim": 16, "queue": 2, "momentum": 0.5},  # few images: in a longer queue each would meet its own old keys
     "cpc": {"grid": 3, "overlap": 0.5, "dim": 16, "hidden": 16},
+    "cpc_pyramid": {"grid": 3, "overlap": 0.5, "dim": 16, "hidden": 16},
+    "exemplar_triplet": {"dim": 16},
     "mae": {"width": 16, "depth": 1, "heads": 2},
     "context_encoder": {"width": 4},
     "dcgan": {"code": 8, "width": 4, "levels": 2},
@@ -27,6 +34,7 @@ OPTIONS = {
     "image_gpt": {"pool": 2, "levels": 8},
     "deepcluster": {"clusters": 4, "pca": 8},
     "swav": {"prototypes": 8, "hidden": 32, "dim": 16, "small": 2, "frozen": 0.0},
+    "pcrl_v2": {"local": 2},
 }
 # The network and its options, where a method wants another than a small ResNet-18.
 NETWORKS = {

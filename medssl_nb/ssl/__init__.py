@@ -2,15 +2,19 @@
 
 # %% auto #0
 __all__ = ['Method', 'Card', 'Pretext', 'TwoViews', 'create', 'cards', 'table', 'register', 'Rotation', 'ExemplarCNN',
-           'RelativeLocation', 'Jigsaw', 'Autoencoder', 'Denoising', 'SuperResolution', 'LowLight', 'Artefact', 'VAE',
+           'RelativeLocation', 'Jigsaw', 'ExemplarTriplet', 'SliceOrder', 'SlicePosition', 'PatchDistance', 'RubikCube',
+           'RubikCubePlus', 'RubikCubePP', 'Autoencoder', 'Denoising', 'SuperResolution', 'LowLight', 'Artefact', 'VAE',
            'MAE', 'ContextEncoder', 'ImageGPT', 'DCGAN', 'LatentDiffusion', 'ModelsGenesis', 'SimCLR', 'nt_xent',
-           'MoCoV1', 'MoCoV2', 'CPC', 'DeepCluster', 'SwAV', 'sinkhorn', 'BYOL', 'SimSiam', 'regression_loss', 'DINO',
-           'BarlowTwins', 'VICReg', 'WMSE']
+           'MoCoV1', 'MoCoV2', 'CPC', 'PyramidCPC', 'DeepCluster', 'SwAV', 'sinkhorn', 'BYOL', 'SimSiam',
+           'regression_loss', 'DINO', 'BarlowTwins', 'VICReg', 'WMSE', 'PCRLv2']
 
 # %% ../../nbs/reference/ssl.ipynb #dbfad6fa
 from .base import Method, Card, Pretext, TwoViews, create, cards, table, register
 from .predictive import Rotation
 from .places import ExemplarCNN, RelativeLocation, Jigsaw
+from .triplet import ExemplarTriplet
+from .anatomy import SliceOrder, SlicePosition, PatchDistance
+from .rubik import RubikCube, RubikCubePlus, RubikCubePP
 from .generative import Autoencoder, Denoising, SuperResolution, LowLight, Artefact
 from .variational import VAE
 from .masked import MAE, ContextEncoder
@@ -20,15 +24,18 @@ from .diffusion import LatentDiffusion
 from .restoration import ModelsGenesis
 from .contrastive import SimCLR, nt_xent
 from .queues import MoCoV1, MoCoV2, CPC
+from .pyramid import PyramidCPC
 from .clustering import DeepCluster, SwAV, sinkhorn
 from .distillation import BYOL, SimSiam, regression_loss
 from .dino import DINO
 from .infomax import BarlowTwins, VICReg, WMSE
+from .pcrl import PCRLv2
 
 _all_ = [
     "Method", "Card", "Pretext", "TwoViews", "create", "cards", "table", "register", "Rotation", "ExemplarCNN",
-    "RelativeLocation", "Jigsaw", "Autoencoder", "Denoising", "SuperResolution", "LowLight", "Artefact", "VAE",
-    "MAE", "ContextEncoder", "ImageGPT", "DCGAN", "LatentDiffusion", "ModelsGenesis", "SimCLR", "nt_xent",
-    "MoCoV1", "MoCoV2", "CPC", "DeepCluster", "SwAV", "sinkhorn", "BYOL", "SimSiam", "regression_loss", "DINO",
-    "BarlowTwins", "VICReg", "WMSE",
+    "RelativeLocation", "Jigsaw", "ExemplarTriplet", "SliceOrder", "SlicePosition", "PatchDistance",
+    "RubikCube", "RubikCubePlus", "RubikCubePP", "Autoencoder", "Denoising", "SuperResolution", "LowLight",
+    "Artefact", "VAE", "MAE", "ContextEncoder", "ImageGPT", "DCGAN", "LatentDiffusion", "ModelsGenesis",
+    "SimCLR", "nt_xent", "MoCoV1", "MoCoV2", "CPC", "PyramidCPC", "DeepCluster", "SwAV", "sinkhorn", "BYOL",
+    "SimSiam", "regression_loss", "DINO", "BarlowTwins", "VICReg", "WMSE", "PCRLv2",
 ]
