@@ -20,7 +20,7 @@ import torch
 
 from methods import PATIENTS, create
 from medssl_nb import ssl
-from medssl_nb.data import ImageSet
+from medssl_nb.data import Batch, ImageSet
 
 SPACE = {2: (64, 64), 3: (40, 40, 40)}
 
@@ -43,7 +43,8 @@ def rounds(name, dims, batch, steps, device):
     generator = torch.Generator(device).manual_seed(0)
     if hasattr(method, "refresh"):
         method.refresh(ImageSet(torch.randn(int(PATIENTS[dims][0] * PATIENTS[dims][1][0]), 1, *SPACE[dims])))
-    pretext = method.pretext(x, generator)
+    images = Batch(x, index=torch.arange(batch, device=device))  # as `fit` gives them: who they are is known
+    pretext = method.pretext(images, generator)
     optimiser = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], fused=device.startswith("cuda"))
 
     def encoder_only():
@@ -62,7 +63,7 @@ def rounds(name, dims, batch, steps, device):
         method.zero_grad()
 
     def step():
-        learn(method.pretext(x, generator))
+        learn(method.pretext(images, generator))
         optimiser.step()
         optimiser.zero_grad()
         method.after_step(0.5)
