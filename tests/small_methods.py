@@ -50,3 +50,19 @@ def method_of(name, spatial_dims, channels=1, seed=0):
     torch.manual_seed(seed)
     network, options = NETWORKS.get(name, ("resnet18", {"width": 4, "stem": "small"}))
     return create(name, create_encoder(network, spatial_dims, channels, **options), **OPTIONS.get(name, {}))
+
+
+def small(name, d=2, channels=1, stem="small", **options):
+    "A method with these options alone, around a tiny ResNet-18."
+    torch.manual_seed(0)
+    return create(name, create_encoder("resnet18", d, channels, width=4, stem=stem), **options)
+
+
+def drawn(*shape, seed=0, dtype=torch.float32):
+    "Normal numbers of this shape, drawn by the seed."
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def asked(method, x, seed=0):
+    "The method's pretext, drawn by the seed."
+    return method.pretext(x, torch.Generator().manual_seed(seed))

@@ -10,15 +10,11 @@ from medssl_nb.nets.base import create_encoder
 from medssl_nb.ssl.adversarial import StridedEncoder, coverage, discriminator_loss, diversity, generator_loss, judging, unrecorded
 from medssl_nb.ssl.base import create
 from medssl_nb.train.fit import fit
-from small_methods import method_of
+from small_methods import asked, method_of
 
 
 def batch_of(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def asked(method, x, seed=0):
-    return method.pretext(x, torch.Generator().manual_seed(seed))
 
 
 def test_losses_equal_the_formulas_by_loops():

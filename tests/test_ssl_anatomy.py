@@ -5,24 +5,11 @@ import math
 import pytest
 import torch
 
-from medssl_nb.nets.base import create_encoder
 from medssl_nb.ssl.anatomy import apart, distance_loss, even_starts, order_loss, ordered_pair, spacing_loss, take_slices, two_places
-from medssl_nb.ssl.base import Pretext, create
+from medssl_nb.ssl.base import Pretext
+from small_methods import asked, drawn, small
 
 SLICES = ("slice_order", "slice_position")
-
-
-def small(name, d=2, channels=1, **options):
-    torch.manual_seed(0)
-    return create(name, create_encoder("resnet18", d, channels, width=4, stem="small"), **options)
-
-
-def drawn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def ask(method, x, seed=0):
-    return method.pretext(x, torch.Generator().manual_seed(seed))
 
 
 def brought(piece):
@@ -44,7 +31,7 @@ def test_slices_are_those_of_the_loops(space, axis):
 def test_views_are_the_normalised_slices(name, d, shape, axis):
     "An encoder of the batch's dimension sees slabs, a 2D one single slices of volumes."
     method, x = small(name, d, axis=axis), drawn(4, 1, *shape)
-    pretext, thick = ask(method, x), 1 if len(shape) > d else 2
+    pretext, thick = asked(method, x), 1 if len(shape) > d else 2
     for view, starts in zip(pretext.views, pretext.drawn["starts"].T):
         for b in range(4):
             slab = x[b].narrow(1 + axis, int(starts[b]), thick)
@@ -55,14 +42,14 @@ def test_views_are_the_normalised_slices(name, d, shape, axis):
 @pytest.mark.parametrize("name", SLICES)
 def test_a_volume_trains_a_2d_encoder_of_several_channels(name):
     method = small(name, 2, channels=3)
-    loss = method(ask(method, drawn(4, 3, 16, 12, 12)))["loss"]
+    loss = method(asked(method, drawn(4, 3, 16, 12, 12)))["loss"]
     loss.backward()
     assert torch.isfinite(loss) and all(p.grad is not None for p in method.encoder.parameters())
 
 
 def test_order_says_which_lies_above_and_keeps_its_distance():
     method, x = small("slice_order", gap=0.1), torch.zeros(4000, 1, 30, 8)
-    pretext = ask(method, x)
+    pretext = asked(method, x)
     first, second = pretext.drawn["starts"].T
     assert torch.equal(pretext.target, (first > second).long())
     assert (first - second).abs().min() == 4 + 3 and max(first.max(), second.max()) == 26 and min(first.min(), second.min()) == 0
@@ -99,21 +86,21 @@ def test_the_ruler_has_no_zero_and_is_sound_far_out():
 def test_constant_scores_do_not_solve_slice_position():
     method = small("slice_position")
     torch.nn.init.zeros_(method.head.weight)
-    terms = method(ask(method, drawn(4, 1, 16, 16)))
+    terms = method(asked(method, drawn(4, 1, 16, 16)))
     torch.testing.assert_close(terms["order"].item(), 7 * math.log(2))
     assert terms["accuracy"] == 0
 
 
 def test_scores_come_slice_by_slice():
     method, x = small("slice_position", count=4).eval(), drawn(3, 1, 16, 16)
-    views = ask(method, x).views
+    views = asked(method, x).views
     slow = torch.stack([torch.cat([method.head(method.embed(view[b : b + 1]))[0] for view in views]) for b in range(3)])
     torch.testing.assert_close(method.score(views), slow, atol=1e-5, rtol=1e-4)
 
 
 def test_absolute_asks_for_the_place_in_the_array():
     method, x = small("slice_position", absolute=True, count=3), drawn(6, 1, 16, 16)
-    pretext = ask(method, x)
+    pretext = asked(method, x)
     torch.testing.assert_close(pretext.target, (pretext.drawn["starts"] + 1) / 16)  # the centre of a slab of two
     slow = sum((s - t) ** 2 for s, t in zip(method.score(pretext.views).flatten().tolist(), pretext.target.flatten().tolist())) / 18
     torch.testing.assert_close(method(pretext)["loss"].item(), slow, atol=1e-5, rtol=1e-4)
@@ -131,14 +118,14 @@ def test_brightness_and_contrast_of_a_slice_do_not_count():
     shaded = x * torch.linspace(0.5, 2, 24).view(1, 1, 24, 1, 1) + torch.linspace(-5, 5, 24).view(1, 1, 24, 1, 1)
     for name in SLICES:
         method = small(name)
-        for a, b in zip(ask(method, x).views, ask(method, shaded).views):
+        for a, b in zip(asked(method, x).views, asked(method, shaded).views):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("space", [(20, 14), (16, 12, 18)])
 def test_patches_distances_and_places_by_loops(space):
     method, x = small("patch_distance", len(space), patch=0.34), drawn(5, 2, *space)
-    pretext, side = ask(method, x), 4
+    pretext, side = asked(method, x), 4
     for b in range(5):
         corners = pretext.drawn["starts"][b]
         for view, corner in zip(pretext.views, corners):
@@ -158,7 +145,7 @@ def test_the_squared_distance_of_the_vectors_is_the_answer():
 
 def test_distance_is_symmetric_and_one_vector_for_all_is_no_answer():
     method, x = small("patch_distance", places=0.0).eval(), drawn(6, 1, 20, 20)
-    pretext = ask(method, x)
+    pretext = asked(method, x)
     swapped = Pretext(pretext.views[::-1], pretext.target)
     torch.testing.assert_close(method(pretext)["loss"], method(swapped)["loss"])
     torch.nn.init.zeros_(method.vector.weight)
@@ -176,12 +163,12 @@ def test_patches_reach_every_place():
 
 
 @pytest.mark.parametrize("make, said", [
-    (lambda: ask(small("slice_order", 3), torch.zeros(2, 1, 16, 16)), "slice_order.*dimensions"),
-    (lambda: ask(small("slice_order"), torch.zeros(2, 1, 4, 16)), "larger images"),
-    (lambda: ask(small("slice_position"), torch.zeros(2, 1, 6, 16)), "larger images"),
-    (lambda: ask(small("slice_position", count=2), torch.zeros(2, 1, 16, 16)), "count from 3"),
-    (lambda: ask(small("slice_order", axis=2), torch.zeros(2, 1, 16, 16)), "axis 2"),
-    (lambda: ask(small("patch_distance", patch=1.5), torch.zeros(2, 1, 16, 16)), "lower patch"),
+    (lambda: asked(small("slice_order", 3), torch.zeros(2, 1, 16, 16)), "slice_order.*dimensions"),
+    (lambda: asked(small("slice_order"), torch.zeros(2, 1, 4, 16)), "larger images"),
+    (lambda: asked(small("slice_position"), torch.zeros(2, 1, 6, 16)), "larger images"),
+    (lambda: asked(small("slice_position", count=2), torch.zeros(2, 1, 16, 16)), "count from 3"),
+    (lambda: asked(small("slice_order", axis=2), torch.zeros(2, 1, 16, 16)), "axis 2"),
+    (lambda: asked(small("patch_distance", patch=1.5), torch.zeros(2, 1, 16, 16)), "lower patch"),
 ])
 def test_mistakes_are_named(make, said):
     with pytest.raises(ValueError, match=said):

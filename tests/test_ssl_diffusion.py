@@ -10,15 +10,11 @@ from medssl_nb.ssl.diffusion import (
     SCHEDULES, NoiseFeatures, NoisePredictor, add_noise, clean_estimate, noise_schedule, signal_to_noise,
     step_back, walk_back,
 )
-from small_methods import method_of
+from small_methods import asked, method_of
 
 
 def batch_of(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def asked(method, x, seed=0):
-    return method.pretext(x, torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)

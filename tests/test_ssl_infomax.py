@@ -10,12 +10,9 @@ from medssl_nb.ssl.base import Pretext, create
 from medssl_nb.ssl.infomax import (
     barlow_terms, covariance_term, cross_correlation, deal, projector, squared_off_diagonal, variance_term, vicreg_terms, whiten, whitened_distance,
 )
+from small_methods import drawn
 
 NAMES = ("barlow_twins", "vicreg", "wmse")
-
-
-def drawn(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def small(name, **options):

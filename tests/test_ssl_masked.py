@@ -13,15 +13,11 @@ from medssl_nb.ssl.masked import (
     MAEDecoder, Opponent, border_weights, box_sides, hidden_count, judged, masked_error, normalised_patches, patchify, random_hidden, restored, unpatchify,
 )
 from medssl_nb.train.fit import fit
-from small_methods import method_of
+from small_methods import asked, method_of
 
 
 def batch_of(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def asked(method, x, seed=0):
-    return method.pretext(x, torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("space", [(8, 12), (9, 5), (4, 8, 4), (5, 6, 7)])

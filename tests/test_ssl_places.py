@@ -5,27 +5,13 @@ import pytest
 import torch
 
 from medssl_nb.data.images import Batch, ImageSet
-from medssl_nb.nets.base import create_encoder
-from medssl_nb.ssl.base import create
 from medssl_nb.ssl.places import (
     checked_sizes, choose_permutations, cut_tiles, hamming, join_tiles, neighbours, place_pair, place_tiles, read_tiles, tile_side,
 )
+from small_methods import asked, drawn, small
 
 NAMES = ("exemplar_cnn", "relative_location", "jigsaw")
 EVERY = [(name, d) for name in NAMES for d in (2, 3)]
-
-
-def small(name, d=2, stem="small", **options):
-    torch.manual_seed(0)
-    return create(name, create_encoder("resnet18", d, width=4, stem=stem), **options)
-
-
-def drawn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def ask(method, x, seed=0):
-    return method.pretext(x, torch.Generator().manual_seed(seed))
 
 
 def piece(image, start, side):
@@ -61,7 +47,7 @@ def test_cutting_undoes_joining_and_rows_come_first(d, grid):
 @pytest.mark.parametrize("d, size, grid", [(2, (32, 38), 3), (3, (16, 17, 19), 3), (3, (16, 16, 16), 2)])
 def test_place_i_of_a_puzzle_holds_tile_order_i(d, size, grid):
     method, x = small("jigsaw", d, grid=grid, permutations=20, hidden=8), drawn(4, 2, *size)
-    pretext, side = ask(method, x), tile_side(size, grid, 0.15, 2)
+    pretext, side = asked(method, x), tile_side(size, grid, 0.15, 2)
     tiles = cut_tiles(pretext.views[0], grid)
     for b in range(4):
         order = method.orders[pretext.target[b]]
@@ -86,20 +72,20 @@ def test_every_tile_stays_in_its_cell_and_reaches_all_of_it():
 
 def test_without_gap_and_normalisation_the_puzzle_is_the_image():
     method, x = small("jigsaw", gap=0.0, normalise=False, permutations=50), drawn(6, 1, 30, 30)
-    pretext = ask(method, x)
+    pretext = asked(method, x)
     back = method.orders[pretext.target].argsort(1)[:, :, None, None, None]
     assert torch.equal(join_tiles(cut_tiles(pretext.views[0], 3).take_along_dim(back, 1), 3), x)
 
 
 def test_all_orders_are_asked_alike():
     method = small("jigsaw", permutations=10)
-    share = torch.bincount(ask(method, torch.zeros(5000, 1, 12, 12)).target, minlength=10) / 5000
+    share = torch.bincount(asked(method, torch.zeros(5000, 1, 12, 12)).target, minlength=10) / 5000
     assert (share - 0.1).abs().max() < 0.02
 
 
 def test_tiles_pass_the_encoder_one_by_one():
     method, x = small("jigsaw", permutations=7, hidden=8).eval(), drawn(3, 1, 32, 32)
-    pretext = ask(method, x)
+    pretext = asked(method, x)
     tiles = cut_tiles(pretext.views[0], 3)
     slow = torch.stack([method.head(torch.cat([method.embed(t[None])[0] for t in puzzle])[None])[0] for puzzle in tiles])
     torch.testing.assert_close(method.logits(pretext.views), slow, atol=1e-5, rtol=1e-4)
@@ -172,7 +158,7 @@ def test_patches_are_those_of_the_loops(d):
     x = drawn(5, 2, *[32 if d == 2 else 16] * d)
     for normalise in (True, False):
         method = small("relative_location", d, normalise=normalise)
-        pretext, side = ask(method, x), checked_sizes(x.shape[2:], 2, 0.2, 0.5, 7 / 96)[0]
+        pretext, side = asked(method, x), checked_sizes(x.shape[2:], 2, 0.2, 0.5, 7 / 96)[0]
         for b, i in itertools.product(range(5), (0, 1)):
             patch = piece(x[b], pretext.drawn["starts"][b, i], side)
             torch.testing.assert_close(pretext.views[i][b], brought(patch) if normalise else patch, atol=1e-4, rtol=1e-4)
@@ -182,7 +168,7 @@ def test_patches_are_those_of_the_loops(d):
 def test_brightness_and_contrast_of_a_scan_do_not_reach_the_network(name):
     method, x = small(name), drawn(4, 1, 32, 32)
     other = x * torch.tensor([3, 0.2, 1, 50.0]).view(4, 1, 1, 1) + torch.tensor([1, -5, 0, 9.0]).view(4, 1, 1, 1)
-    for a, b in zip(ask(method, x).views, ask(method, other).views):
+    for a, b in zip(asked(method, x).views, asked(method, other).views):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
 
 
@@ -191,7 +177,7 @@ def test_silence_costs_the_logarithm_of_the_classes(name, d):
     method = small(name, d)
     last = method.head if name == "exemplar_cnn" else method.head[-1]
     torch.nn.init.zeros_(last.weight), torch.nn.init.zeros_(last.bias)
-    terms = method(ask(method, drawn(6, 1, *[16] * d)))
+    terms = method(asked(method, drawn(6, 1, *[16] * d)))
     torch.testing.assert_close(terms["loss"], torch.tensor(float(last.out_features)).log())
 
 
@@ -199,7 +185,7 @@ def test_silence_costs_the_logarithm_of_the_classes(name, d):
 def test_without_an_image_all_get_the_same_answer(name, d):
     "So the loss of biases alone is that of the classes' frequencies, and no better than silence where they are equal."
     method = small(name, d).eval()
-    logits = method.logits(ask(method, torch.full((6, 1, *[16] * d), 3.0)).views)
+    logits = method.logits(asked(method, torch.full((6, 1, *[16] * d), 3.0)).views)
     torch.testing.assert_close(logits, logits[:1].expand_as(logits))
     even = logits[:1].log_softmax(1).mean()
     assert -even >= torch.tensor(float(logits.shape[1])).log() - 1e-4
@@ -207,17 +193,17 @@ def test_without_an_image_all_get_the_same_answer(name, d):
 
 def test_an_image_is_its_class_whatever_its_place_in_the_batch():
     method, x = small("exemplar_cnn", classes=50), drawn(4, 1, 16, 16)
-    assert ask(method, x).target.tolist() == [0, 1, 2, 3]
-    assert ask(method, Batch(x)).target.tolist() == [0, 1, 2, 3]
-    assert ask(method, Batch(x, index=torch.tensor([7, 49, 0, 7]))).target.tolist() == [7, 49, 0, 7]
+    assert asked(method, x).target.tolist() == [0, 1, 2, 3]
+    assert asked(method, Batch(x)).target.tolist() == [0, 1, 2, 3]
+    assert asked(method, Batch(x, index=torch.tensor([7, 49, 0, 7]))).target.tolist() == [7, 49, 0, 7]
     batch = next(ImageSet(drawn(20, 1, 16, 16)).batches(8, seed=3))
-    assert torch.equal(ask(method, batch).target, batch.index)
-    assert ask(small("exemplar_cnn", classes=3), x).target.tolist() == [0, 1, 2, 0]
+    assert torch.equal(asked(method, batch).target, batch.index)
+    assert asked(small("exemplar_cnn", classes=3), x).target.tolist() == [0, 1, 2, 0]
 
 
 def test_views_of_an_image_differ_and_are_not_the_image():
     method, x = small("exemplar_cnn"), drawn(2, 1, 16, 16)
-    assert not torch.equal(ask(method, x, 0).views[0], ask(method, x, 1).views[0])
+    assert not torch.equal(asked(method, x, 0).views[0], asked(method, x, 1).views[0])
     assert small("exemplar_cnn", views={"degrees": 5.0}).views["degrees"] == 5.0
     assert small("exemplar_cnn", views={"degrees": 5.0}).views["scale"] == (0.3, 1.0)
 
@@ -233,13 +219,13 @@ def test_more_images_than_classes_are_refused_before_training():
 def test_an_image_that_is_too_small_names_the_size_it_needs(name, options):
     method = small(name, stem="full", **options)  # needs tiles of 8
     with pytest.raises(ValueError, match=r"images of at least \d+ voxels") as told:
-        ask(method, drawn(2, 1, 16, 16))
+        asked(method, drawn(2, 1, 16, 16))
     enough = int(str(told.value).split("at least ")[1].split()[0])
-    ask(method, drawn(2, 1, enough, enough))
+    asked(method, drawn(2, 1, enough, enough))
     with pytest.raises(ValueError):
-        ask(method, drawn(2, 1, enough - 1, enough - 1))
+        asked(method, drawn(2, 1, enough - 1, enough - 1))
 
 
 def test_patches_that_cannot_fit_are_refused():
     with pytest.raises(ValueError, match="lower patch, gap or jitter"):
-        ask(small("relative_location", patch=0.5), drawn(2, 1, 64, 64))
+        asked(small("relative_location", patch=0.5), drawn(2, 1, 64, 64))

@@ -5,23 +5,9 @@ import math
 import pytest
 import torch
 
-from medssl_nb.nets.base import create_encoder
-from medssl_nb.ssl.base import create
 from medssl_nb.ssl.places import cut_tiles, tile_side
 from medssl_nb.ssl.rubik import answer_terms, half_turns, mask_voxels, quarter_steps, random_scramble, scramble, twist, unscramble
-
-
-def small(name, d=3, channels=1, **options):
-    torch.manual_seed(0)
-    return create(name, create_encoder("resnet18", d, channels, width=4, stem="small"), **options)
-
-
-def drawn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def ask(method, x, seed=0):
-    return method.pretext(x, torch.Generator().manual_seed(seed))
+from small_methods import asked, drawn, small
 
 
 @pytest.mark.parametrize("d", (2, 3))
@@ -38,7 +24,7 @@ def test_half_turns_are_those_of_rot90(d):
 @pytest.mark.parametrize("d, size", [(2, (20, 17)), (3, (16, 17, 19))])
 def test_place_i_holds_cube_order_i_turned_as_said(d, size):
     method, x = small("rubik_cube", d, normalise=False, permutations=8, hidden=8), drawn(4, 2, *size)
-    pretext, side = ask(method, x), tile_side(size, 2, 0.15, 2)
+    pretext, side = asked(method, x), tile_side(size, 2, 0.15, 2)
     cubes, count = cut_tiles(pretext.views[0], 2), 2**d
     order, turns = pretext.target[:, 0], pretext.target[:, 1:].view(4, count, 2).bool()
     for b, i in itertools.product(range(4), range(count)):
@@ -50,7 +36,7 @@ def test_place_i_holds_cube_order_i_turned_as_said(d, size):
 
 
 def test_all_turns_and_orders_are_asked_alike():
-    target = ask(small("rubik_cube", 2), torch.zeros(6000, 1, 12, 12)).target
+    target = asked(small("rubik_cube", 2), torch.zeros(6000, 1, 12, 12)).target
     assert (torch.bincount(target[:, 0], minlength=24) / 6000 - 1 / 24).abs().max() < 0.015
     assert (target[:, 1:].float().mean(0) - 0.5).abs().max() < 0.03
 
@@ -72,16 +58,16 @@ def test_loss_is_that_of_the_loops():
 
 @pytest.mark.parametrize("name, questions", [("rubik_cube", 2), ("rubik_cube_plus", 3)])
 def test_biases_alone_do_not_reach_a_solved_task(name, questions):
-    method = small(name, permutations=8, hidden=8)
+    method = small(name, 3, permutations=8, hidden=8)
     for head in (method.order_head, *method.heads.values()):
         torch.nn.init.zeros_(head[-1].weight), torch.nn.init.zeros_(head[-1].bias)
     guess = (math.log(8) + (questions - 1) * math.log(2)) / questions
-    torch.testing.assert_close(method(ask(method, drawn(4, 1, 12, 12, 12)))["loss"].item(), guess)
+    torch.testing.assert_close(method(asked(method, drawn(4, 1, 12, 12, 12)))["loss"].item(), guess)
 
 
 def test_cubes_pass_the_encoder_one_by_one():
-    method, x = small("rubik_cube", permutations=8, hidden=8).eval(), drawn(2, 1, 16, 16, 16)
-    views = ask(method, x).views
+    method, x = small("rubik_cube", 3, permutations=8, hidden=8).eval(), drawn(2, 1, 16, 16, 16)
+    views = asked(method, x).views
     slow = torch.stack([torch.cat([method.embed(cube[None])[0] for cube in cubes]) for cubes in cut_tiles(views[0], 2)])
     torch.testing.assert_close(method.together(views), slow, atol=1e-5, rtol=1e-4)
 
@@ -95,8 +81,8 @@ def test_masks_hide_the_share_that_was_asked_for_and_only_where():
 
 
 def test_plus_says_which_cubes_it_masked():
-    method, x = small("rubik_cube_plus", permutations=8, hidden=8, share=1.0), drawn(6, 1, 16, 16, 16)
-    pretext = ask(method, x)
+    method, x = small("rubik_cube_plus", 3, permutations=8, hidden=8, share=1.0), drawn(6, 1, 16, 16, 16)
+    pretext = asked(method, x)
     assert torch.equal((cut_tiles(pretext.views[0], 2) == 0).flatten(2).all(-1), pretext.target[:, 17:].bool())
     assert torch.equal(pretext.target[:, 17:].bool(), pretext.drawn["masks"])
 
@@ -128,8 +114,8 @@ def test_flat_volumes_make_quarter_turns_about_one_axis_only():
 
 
 def test_the_opponent_and_the_restorer_move_apart():
-    method, x = small("rubik_cube_pp", width=4, grid=2), drawn(4, 1, 16, 16, 16)
-    pretext = ask(method, x)
+    method, x = small("rubik_cube_pp", 3, width=4, grid=2), drawn(4, 1, 16, 16, 16)
+    pretext = asked(method, x)
     norms = {k: v.clone() for k, v in method.named_buffers()}
     method.adversary(pretext).backward()
     own = {id(p) for p in method.adversary_parameters()}
@@ -141,20 +127,20 @@ def test_the_opponent_and_the_restorer_move_apart():
 
 
 def test_pp_is_reconstruction_and_the_weighted_opponent():
-    method, x = small("rubik_cube_pp", width=4, grid=2, adversarial=0.3).eval(), drawn(2, 1, 16, 16, 16)
-    pretext, terms = ask(method, x), None
+    method, x = small("rubik_cube_pp", 3, width=4, grid=2, adversarial=0.3).eval(), drawn(2, 1, 16, 16, 16)
+    pretext, terms = asked(method, x), None
     terms, restored = method(pretext), method.restore(pretext.views[0])
     fooling = torch.nn.functional.softplus(-method.opponent(restored)).mean()
     torch.testing.assert_close(terms["loss"], (restored - x).square().mean() + 0.3 * fooling)
     assert torch.equal(pretext.target, x)
-    alone = small("rubik_cube_pp", grid=2, adversarial=0.0)
-    assert alone.adversary_parameters() == [] and set(alone(ask(alone, x))) == {"loss"}
+    alone = small("rubik_cube_pp", 3, grid=2, adversarial=0.0)
+    assert alone.adversary_parameters() == [] and set(alone(asked(alone, x))) == {"loss"}
 
 
 @pytest.mark.parametrize("make, said", [
-    (lambda: ask(small("rubik_cube"), torch.zeros(2, 1, 4, 16, 16)), "larger|images of at least"),
+    (lambda: asked(small("rubik_cube", 3), torch.zeros(2, 1, 4, 16, 16)), "larger|images of at least"),
     (lambda: small("rubik_cube", 2, permutations=100), "24"),
-    (lambda: small("rubik_cube_pp", grid=1), "at least 2"),
+    (lambda: small("rubik_cube_pp", 3, grid=1), "at least 2"),
 ])
 def test_mistakes_are_named(make, said):
     with pytest.raises(ValueError, match=said):
