@@ -17,6 +17,7 @@ import os
 import platform
 import time
 import warnings
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -35,47 +36,68 @@ NETWORKS = {
     "vit": ("vit", {"width": 96, "depth": 4, "patch": 8, "heads": 4}),
     "vit of pixels": ("vit", {"width": 48, "depth": 4, "patch": 1, "heads": 4}),
 }
-WANTS = {"relative_location": "resnet18, small stem", "cpc": "resnet18, group norm", "models_genesis": "unet", "mae": "vit", "image_gpt": "vit of pixels"}
+WANTS = {"relative_location": "resnet18, small stem", "cpc": "resnet18, group norm", "cpc_pyramid": "resnet18, group norm",
+         "patch_distance": "resnet18, small stem", "models_genesis": "unet", "transvw": "unet", "pgl": "unet",
+         "mae": "vit", "image_gpt": "vit of pixels"}
 # Heads and queues for hundreds of images, where the papers' are for a million; the chapters say why each is as it is.
 OPTIONS = {
     "dcgan": {"levels": 3, "start": 6, "width": 16}, "vae": {"size": 48},
     "jigsaw": {"permutations": 20}, "rubik_cube": {"permutations": 20, "hidden": 128}, "rubik_cube_plus": {"permutations": 20, "hidden": 128},
     "rubik_cube_pp": {"grid": 2, "width": 8}, "exemplar_cnn": {"classes": 480},
     "mae": {"width": 64, "depth": 2, "heads": 4}, "context_encoder": {"width": 16}, "image_gpt": {"pool": 4},
-    "moco_v1": {"queue": 64, "momentum": 0.99}, "moco_v2": {"queue": 64, "momentum": 0.99}, "cpc": {"dim": 64, "hidden": 64},
+    "moco_v1": {"queue": 64, "momentum": 0.99}, "moco_v2": {"queue": 64, "momentum": 0.99}, "cpc": {"dim": 64, "hidden": 64}, "cpc_pyramid": {"dim": 64, "hidden": 64},
+    "patch_distance": {"patch": 0.33}, "pcrl_v1": {"queue": 64, "momentum": 0.99},
+    "medaug": {"queue": 64, "momentum": 0.99}, "c2l": {"queue": 64, "momentum": 0.99}, "global_local": {"dim": 64},
     "deepcluster": {"clusters": 30, "pca": 32, "refresh_every": 25}, "swav": {"prototypes": 30, "hidden": 128, "dim": 32, "epsilon": 0.02},
+    "pgl": {"hidden": 128, "dim": 64, "momentum": 0.99},
     "byol": {"hidden": 256, "dim": 64, "momentum": 0.99}, "simsiam": {"hidden": 256, "dim": 64},
     "dino": {"prototypes": 64, "hidden": 256, "bottleneck": 64, "teacher_temperature": 0.02},
+    "transvw": {"words": 20, "instances": 100, "hidden": 64}, "colorization": {"width": 8},
     "barlow_twins": {"hidden": 256, "dim": 64}, "vicreg": {"hidden": 256, "dim": 64}, "wmse": {"hidden": 256, "dim": 16},
 }
 IN_3D = {  # batches of eight, fewer images, and a sequence of 8³ tokens
     "wmse": {"dim": 4, "shrinkage": 0.1}, "exemplar_cnn": {"classes": 168}, "image_gpt": {"pool": 8}, "dcgan": {"start": 8, "width": 8}, "vae": {"size": 32},
 }
-CROPPED = ("autoencoder", "denoising", "super_resolution", "low_light", "artefact", "context_encoder", "models_genesis", "latent_diffusion")
+CROPPED = ("autoencoder", "denoising", "super_resolution", "low_light", "artefact", "context_encoder", "models_genesis", "latent_diffusion", "context_restoration",
+           "colorization", "modality_restoration", "cross_modal", "transvw", "rubik_cube_pp", "pgl", "pcrl_v1", "pcrl_v2")
+MODALITIES = {name: ("t1", "t2", "flair") for name in ("modality_restoration", "cross_modal", "colorization")}  # else T1 alone
 LR = {"vit": 1e-3, "vit of pixels": 1e-3}  # else 3e-3
 SIZE = {2: 48, 3: 64}
 BATCH = {2: 64, 3: 8}
 PATIENTS = {2: (1200, (0.4, 0.25, 0.1, 0.25)), 3: (480, (0.35, 0.25, 0.1, 0.3))}  # unlabelled, training, validation, test
 
 
-def images_for(dims):
-    "Pre-training images, and the three parts of the probes: no patient in two of them."
+def modalities_of(name):
+    "The modalities of a method's images, and those that its encoder sees."
+    given = MODALITIES.get(name, ("t1",))
+    return given, given[:-1] if name == "cross_modal" else given
+
+
+@lru_cache(maxsize=4)
+def images_for(dims, modalities=("t1",)):
+    "Pre-training images, and the three parts of the probes: no patient in two of them, the same patients whatever the modalities."
     count, shares = PATIENTS[dims]
-    return cohort(count, size=SIZE[dims], spatial_dims=dims, seed=0, progress=False).split(shares, seed=0)
+    return cohort(count, size=SIZE[dims], spatial_dims=dims, seed=0, modalities=modalities, progress=False).split(shares, seed=0)
 
 
-def encoder_of(network, dims, seed):
+def parts_for(name, dims):
+    "Pre-training images of a method, and the three parts of the probes with the modalities that its encoder sees."
+    given, seen = modalities_of(name)
+    return [images_for(dims, given)[0], *images_for(dims, seen)[1:]]
+
+
+def encoder_of(network, dims, seed, channels=1):
     "One of the networks, drawn by the seed."
     torch.manual_seed(seed)
     kind, options = NETWORKS[network]
-    return nets.create_encoder(kind, spatial_dims=dims, **options)
+    return nets.create_encoder(kind, spatial_dims=dims, in_channels=channels, **options)
 
 
 def create(name, dims, seed):
     "The method around its network, drawn by the seed; and that network's name."
     network = "resnet18" if (name, dims) == ("relative_location", 3) else WANTS.get(name, "resnet18")  # its patches of 64³ are large enough
     options = {**OPTIONS.get(name, {}), **(IN_3D.get(name, {}) if dims == 3 else {})}
-    return ssl.create(name, encoder_of(network, dims, seed), **options), network
+    return ssl.create(name, encoder_of(network, dims, seed, len(modalities_of(name)[1])), **options), network
 
 
 def representation(method):
@@ -98,10 +120,9 @@ def probes(encoder, parts):
     return {"linear_probe": linear.score, "knn": near.score}
 
 
-def steps_for(name, images, dims, seconds, device):
-    "How many steps fit into the seconds."
-    method, _ = create(name, dims, 0)
-    setting = {**training(name, dims), "device": device, "progress": False}
+def steps_within(seconds, method, images, device, **setting):
+    "How many steps of a training fit into the seconds; the first, slow one is taken by the way."
+    setting = {**setting, "device": device, "progress": False}
     fit(method, images, steps=1, **setting)
     # Processor time on a CPU: what else runs on the machine must not shorten a training.
     clock = time.perf_counter if device.startswith("cuda") else lambda: time.process_time() / torch.get_num_threads()
@@ -110,12 +131,18 @@ def steps_for(name, images, dims, seconds, device):
     return max(5, int(seconds / ((clock() - start) / 3)))
 
 
+def steps_for(name, images, dims, seconds, device):
+    "How many steps of the method fit into the seconds."
+    return steps_within(seconds, create(name, dims, 0)[0], images, device, **training(name, dims))
+
+
 def cell(name, dims, seed, parts, steps, device, untrained):
     "One training, and the probes before and after it; those before are kept in `untrained`, since many methods share an encoder."
     unlabelled, *labelled = parts
     method, network = create(name, dims, seed)
-    if (network, seed) not in untrained:
-        untrained[network, seed] = probes(representation(method), labelled)
+    start = network, method.encoder.in_channels, seed
+    if start not in untrained:
+        untrained[start] = probes(representation(method), labelled)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         history = fit(method, unlabelled, steps=steps, lr=LR.get(network, 3e-3), seed=seed, device=device, progress=False, **training(name, dims))
@@ -123,7 +150,7 @@ def cell(name, dims, seed, parts, steps, device, untrained):
     terms = {term: [sum(v[:window]) / window, sum(v[-window:]) / window] for term, v in history.terms.items()}
     health = {what: values[-1] for what, values in history.health.items() if what != "step"}
     return {"network": network, "steps": steps, "terms": terms, "collapsed_at": history.collapsed_at, "health": health,
-            "random": untrained[network, seed], **probes(representation(method.cpu()), labelled)}
+            "random": untrained[start], **probes(representation(method.cpu()), labelled)}
 
 
 def save(found, path):
@@ -162,15 +189,15 @@ def measure(dims, names, seeds, seconds, device, path):
     found = json.loads(path.read_text()) if path.exists() else {"setting": setting, "steps": {}, "cells": {}}
     if any(found["setting"][key] != setting[key] for key in ("dims", "seconds", "device", "size", "batch", "patients")):
         raise SystemExit(f"{path} holds another setting: give another --out, or remove it")
-    parts, untrained = images_for(dims), {}
+    untrained = {}
     for seed in map(str, range(seeds)):
         for name in names:
             row = found["cells"].setdefault(name, {})
             if seed in row:
                 continue
             if name not in found["steps"]:
-                found["steps"][name] = steps_for(name, parts[0], dims, seconds, device)
-            row[seed] = cell(name, dims, int(seed), parts, found["steps"][name], device, untrained)
+                found["steps"][name] = steps_for(name, parts_for(name, dims)[0], dims, seconds, device)
+            row[seed] = cell(name, dims, int(seed), parts_for(name, dims), found["steps"][name], device, untrained)
             save(found, path)
             print(f"{name}, {dims}D, seed {seed}: {row[seed]['random']['linear_probe']:.3f} → {row[seed]['linear_probe']:.3f} "
                   f"after {row[seed]['steps']} steps", flush=True)

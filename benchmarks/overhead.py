@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from methods import PATIENTS, create
+from methods import PATIENTS, create, modalities_of
 from medssl_nb import ssl
 from medssl_nb.data import Batch, ImageSet
 
@@ -39,10 +39,11 @@ def rounds(name, dims, batch, steps, device):
     "Median seconds of encoder, network and step."
     method, network = create(name, dims, 0)
     method.to(device).train()
-    x = torch.randn(batch, 1, *SPACE[dims], device=device)
+    channels = len(modalities_of(name)[0])
+    x = torch.randn(batch, channels, *SPACE[dims], device=device)
     generator = torch.Generator(device).manual_seed(0)
     if hasattr(method, "refresh"):
-        method.refresh(ImageSet(torch.randn(int(PATIENTS[dims][0] * PATIENTS[dims][1][0]), 1, *SPACE[dims])))
+        method.refresh(ImageSet(torch.randn(int(PATIENTS[dims][0] * PATIENTS[dims][1][0]), channels, *SPACE[dims])))
     images = Batch(x, index=torch.arange(batch, device=device))  # as `fit` gives them: who they are is known
     pretext = method.pretext(images, generator)
     optimiser = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], fused=device.startswith("cuda"))

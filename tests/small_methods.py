@@ -24,6 +24,10 @@ OPTIONS = {
     "vae": {"code": 8, "size": 16, "width": 4},
     "moco_v1": {"dim": 16, "queue": 8, "momentum": 0.9},
     "moco_v2": {"dim": 16, "queue": 2, "momentum": 0.5},  # few images: in a longer queue each would meet its own old keys
+    "micle": {"dim": 16},
+    "medaug": {"dim": 16, "queue": 2, "momentum": 0.5, "views": {"scale": (0.8, 1.0)}},
+    "c2l": {"dim": 16, "queue": 2, "momentum": 0.5, "holes": 0},
+    "global_local": {"dim": 16},
     "cpc": {"grid": 3, "overlap": 0.5, "dim": 16, "hidden": 16},
     "cpc_pyramid": {"grid": 3, "overlap": 0.5, "dim": 16, "hidden": 16},
     "exemplar_triplet": {"dim": 16},
@@ -35,6 +39,11 @@ OPTIONS = {
     "deepcluster": {"clusters": 4, "pca": 8},
     "swav": {"prototypes": 8, "hidden": 32, "dim": 16, "small": 2, "frozen": 0.0},
     "pcrl_v2": {"local": 2},
+    "pcrl_v1": {"dim": 16, "queue": 8, "momentum": 0.9},
+    "transvw": {"words": 4, "patch": 0.75, "hidden": 32, "weight": 0.1},  # patches of 12 voxels of 16: no smaller ones can be painted
+    "colorization": {"width": 4},
+    "skull_reconstruction": {"threshold": 0.5},  # noise has no surface that could stand for bone
+    "pgl": {"hidden": 32, "dim": 16},
 }
 # The network and its options, where a method wants another than a small ResNet-18.
 NETWORKS = {
@@ -42,14 +51,23 @@ NETWORKS = {
     "mae": ("vit", {"width": 32, "depth": 2, "heads": 2, "patch": 4}),
     "image_gpt": ("vit", {"width": 32, "depth": 2, "heads": 2, "patch": 2}),
     "models_genesis": ("unet", {"width": 4, "levels": 3}),
+    "transvw": ("unet", {"width": 4, "levels": 3}),
 }
+# Channels of a batch, where one is too few; of these, cross_modal hides one from its encoder.
+CHANNELS = {"colorization": 3, "modality_restoration": 2, "cross_modal": 2}
 
 
-def method_of(name, spatial_dims, channels=1, seed=0):
-    "The method of this name around a tiny encoder; random weights drawn by the seed."
+def channels_of(name):
+    "How many channels the smallest batch has that the method takes."
+    return CHANNELS.get(name, 1)
+
+
+def method_of(name, spatial_dims, channels=None, seed=0):
+    "The method of this name around a tiny encoder, for batches with these channels; random weights drawn by the seed."
     torch.manual_seed(seed)
     network, options = NETWORKS.get(name, ("resnet18", {"width": 4, "stem": "small"}))
-    return create(name, create_encoder(network, spatial_dims, channels, **options), **OPTIONS.get(name, {}))
+    seen = (channels or channels_of(name)) - (name == "cross_modal")
+    return create(name, create_encoder(network, spatial_dims, seen, **options), **OPTIONS.get(name, {}))
 
 
 def small(name, d=2, channels=1, stem="small", **options):

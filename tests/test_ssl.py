@@ -12,7 +12,7 @@ from medssl_nb.ssl.base import FAMILIES, Card, Method, Pretext, cards, create, m
 from medssl_nb.ssl.contrastive import nt_xent
 from medssl_nb.ssl.distillation import move_average, regression_loss, teacher_momentum
 from medssl_nb.train.fit import fit
-from small_methods import method_of
+from small_methods import channels_of, method_of
 
 EVERY = [pytest.param(c.name, d, id=f"{c.name}-{d}d") for c in cards() for d in c.dims]
 
@@ -27,7 +27,7 @@ def question(method, x, seed=0):
 
 @pytest.mark.parametrize("name, d", EVERY)
 def test_contract(name, d):
-    method, x = method_of(name, d), batch_of(d)
+    method, x = method_of(name, d), batch_of(d, channels=channels_of(name))
     before = x.clone()
     pretext = question(method, x)
     assert torch.equal(x, before), "the batch was changed in place"
@@ -54,7 +54,7 @@ def test_takes_a_batch_and_several_channels(name, d):
 @pytest.mark.parametrize("name, d", EVERY)
 def test_bf16_stays_near_float32(name, d):
     method, pretext = method_of(name, d), None
-    pretext = question(method, batch_of(d))
+    pretext = question(method, batch_of(d, channels=channels_of(name)))
     exact = method(pretext)["loss"]
     with torch.autocast("cpu", torch.bfloat16):
         rough = method(pretext)["loss"]
@@ -65,7 +65,7 @@ def test_bf16_stays_near_float32(name, d):
 @pytest.mark.parametrize("name, d", EVERY)
 def test_constant_images_do_not_break_it(name, d):
     method = method_of(name, d)
-    terms = method(question(method, torch.zeros_like(batch_of(d, 2))))
+    terms = method(question(method, torch.zeros_like(batch_of(d, 2, channels_of(name)))))
     terms["loss"].backward()
     assert torch.isfinite(terms["loss"])
     assert all(torch.isfinite(p.grad).all() for p in method.encoder.parameters() if p.grad is not None)
@@ -73,7 +73,7 @@ def test_constant_images_do_not_break_it(name, d):
 
 @pytest.mark.parametrize("name, d", EVERY)
 def test_picture_shows_every_view(name, d):
-    method, x = method_of(name, d), batch_of(d)
+    method, x = method_of(name, d), batch_of(d, channels=channels_of(name))
     figure = method.picture(x)
     images = [axis for axis in figure.axes if axis.images]
     assert len(images) == len(x) + sum(min(len(v), len(x)) for v in question(method, x).views)
@@ -83,7 +83,7 @@ def test_picture_shows_every_view(name, d):
 def test_learns_a_little(name):
     "Forty steps lower the loss on the same few images."
     torch.manual_seed(0)
-    coarse = F.interpolate(torch.randn(16, 1, 5, 5), size=(16, 16), mode="bicubic")
+    coarse = F.interpolate(torch.randn(16, channels_of(name), 5, 5), size=(16, 16), mode="bicubic")
     method = method_of(name, 2)
     history = fit(method, ImageSet(coarse), steps=40, batch_size=16, lr=5e-3, device="cpu", precision="fp32", progress=False)
     first, last = (sum(part) / 5 for part in (history.terms["loss"][:5], history.terms["loss"][-5:]))

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from medssl_nb.ssl.base import Pretext, cards
 from medssl_nb.train.distributed import join_batchnorm
-from small_methods import method_of
+from small_methods import channels_of, method_of
 
 
 def part(pretext, rank):
@@ -29,7 +29,7 @@ alone = [dist.new_group([r]) for r in (0, 1)]
 for card in cards():
     for d in card.dims:
         method = method_of(card.name, d).double()
-        x = torch.randn(8, 1, *[16] * d, generator=torch.Generator().manual_seed(1))
+        x = torch.randn(8, channels_of(card.name), *[16] * d, generator=torch.Generator().manual_seed(1))
         pretext = method.float().pretext(x, torch.Generator().manual_seed(2))
         method.double()
         joined = gradients(method, part(pretext, rank), 2)
@@ -43,7 +43,7 @@ if rank == 0:
     for card in cards():
         for d in card.dims:
             method = method_of(card.name, d).double()
-            x = torch.randn(8, 1, *[16] * d, generator=torch.Generator().manual_seed(1))
+            x = torch.randn(8, channels_of(card.name), *[16] * d, generator=torch.Generator().manual_seed(1))
             pretext = method.float().pretext(x, torch.Generator().manual_seed(2))
             whole = method.double() and Pretext(tuple(v.double() for v in pretext.views), pretext.target)
             one, key = gradients(method, whole, 1), f"{card.name} {d}D"
