@@ -2,14 +2,14 @@
 """Every 3D method on real volumes: pre-trained on unlabelled hippocampi, fine-tuned to segment them from 2, 5 and 10 labelled ones.
 
     python benchmarks/hippocampus.py [--data FOLDER] [--rows random models_genesis ...] [--seeds 3] [--seconds 10] [--steps 60]
-                                     [--spacing 2] [--device cpu|cuda] [--out FILE]
+                                     [--spacing 2] [--decoders] [--device cpu|cuda] [--out FILE]
 
 All volumes are brought to voxels of --spacing mm (1, as they are, or 2) and to 48 × 64 × 48 mm about their centres. One network for
 all: the U-Net's encoder (three levels from width 4). A method trains it for --seconds of one core (or of the GPU) on crops of
 48 × 48 × 48 mm without labels; the number of steps is that over the time of a step, and stands in the file. Then a U-Net with that
 encoder, and a new decoder, is fine-tuned for --steps steps of two volumes on 2, 5 and 10 labelled cases (each set holds the smaller
-one); eight other cases choose the step, thirty are scored once: Dice a case of the whole hippocampus. A method that trains a decoder
-hands on both in a second row, "... + decoder", in a U-Net with or without skips as it was trained. The row `random` starts as the others did
+one); eight other cases choose the step, thirty are scored once: Dice a case of the whole hippocampus. With --decoders a method that trains
+one hands on both in a second row, "... + decoder", in a U-Net with or without skips as it was trained. The row `random` starts as the others did
 before their pre-training. The seeds change first weights, crops and the pre-training, not the split. Methods that need another
 network (masked tokens) or several channels are left out. FOLDER is in the layout of the Medical Segmentation Decathlon (default:
 Task04_Hippocampus of ../shared/data or of the folder that MEDSSL_NB_DATA names). Finished cells are kept.
@@ -110,7 +110,7 @@ def measured(row, seed, parts, args, found):
     fit(model, parts[0], steps=found["steps"][row], seed=seed, device=args.device, progress=False, **setting)
     model.cpu()
     cells = {row: score(model.encoder)}
-    if isinstance(getattr(model, "decoder", None), Decoder) and row != "global_local":  # its decoder enlarges in another way
+    if args.decoders and isinstance(getattr(model, "decoder", None), Decoder) and row != "global_local":  # its decoder enlarges in another way
         cells[f"{row} + decoder"] = score(model.encoder, model.decoder)
     return cells
 
@@ -136,6 +136,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--spacing", type=int, default=2, choices=[1, 2])
+    parser.add_argument("--decoders", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "methods_hippocampus.json")
     args = parser.parse_args()

@@ -4,9 +4,11 @@
 __all__ = ['Method', 'Card', 'Pretext', 'TwoViews', 'create', 'cards', 'table', 'register', 'Rotation', 'ExemplarCNN',
            'RelativeLocation', 'Jigsaw', 'ExemplarTriplet', 'SliceOrder', 'SlicePosition', 'PatchDistance', 'RubikCube',
            'RubikCubePlus', 'RubikCubePP', 'Autoencoder', 'Denoising', 'SuperResolution', 'LowLight', 'Artefact', 'VAE',
-           'MAE', 'ContextEncoder', 'ImageGPT', 'DCGAN', 'LatentDiffusion', 'ModelsGenesis', 'SimCLR', 'nt_xent',
-           'MoCoV1', 'MoCoV2', 'CPC', 'PyramidCPC', 'DeepCluster', 'SwAV', 'sinkhorn', 'BYOL', 'SimSiam',
-           'regression_loss', 'DINO', 'BarlowTwins', 'VICReg', 'WMSE', 'PCRLv2']
+           'MAE', 'ContextEncoder', 'ImageGPT', 'DCGAN', 'LatentDiffusion', 'ModelsGenesis', 'ContextRestoration',
+           'TransVW', 'Colorization', 'SkullReconstruction', 'ModalityRestoration', 'CrossModal', 'SimCLR', 'nt_xent',
+           'MoCoV1', 'MoCoV2', 'CPC', 'PyramidCPC', 'MICLe', 'MedAug', 'C2L', 'GlobalLocal', 'DeepCluster', 'SwAV',
+           'sinkhorn', 'BYOL', 'SimSiam', 'regression_loss', 'DINO', 'BarlowTwins', 'VICReg', 'WMSE', 'PGL', 'PCRLv1',
+           'PCRLv2']
 
 # %% ../../nbs/reference/ssl.ipynb #dbfad6fa
 from .base import Method, Card, Pretext, TwoViews, create, cards, table, register
@@ -21,14 +23,21 @@ from .masked import MAE, ContextEncoder
 from .autoregressive import ImageGPT
 from .adversarial import DCGAN
 from .diffusion import LatentDiffusion
-from .restoration import ModelsGenesis
+from .restoration import ModelsGenesis, ContextRestoration
+from .visual_words import TransVW
+from .colour_and_bone import Colorization, SkullReconstruction
+from .multimodal import ModalityRestoration, CrossModal
 from .contrastive import SimCLR, nt_xent
 from .queues import MoCoV1, MoCoV2, CPC
 from .pyramid import PyramidCPC
+from .patients import MICLe, MedAug, C2L
+from .regions import GlobalLocal
 from .clustering import DeepCluster, SwAV, sinkhorn
 from .distillation import BYOL, SimSiam, regression_loss
 from .dino import DINO
 from .infomax import BarlowTwins, VICReg, WMSE
+from .pgl import PGL
+from .pcrl_v1 import PCRLv1
 from .pcrl import PCRLv2
 
 _all_ = [
@@ -36,6 +45,8 @@ _all_ = [
     "RelativeLocation", "Jigsaw", "ExemplarTriplet", "SliceOrder", "SlicePosition", "PatchDistance",
     "RubikCube", "RubikCubePlus", "RubikCubePP", "Autoencoder", "Denoising", "SuperResolution", "LowLight",
     "Artefact", "VAE", "MAE", "ContextEncoder", "ImageGPT", "DCGAN", "LatentDiffusion", "ModelsGenesis",
-    "SimCLR", "nt_xent", "MoCoV1", "MoCoV2", "CPC", "PyramidCPC", "DeepCluster", "SwAV", "sinkhorn", "BYOL",
-    "SimSiam", "regression_loss", "DINO", "BarlowTwins", "VICReg", "WMSE", "PCRLv2",
+    "ContextRestoration", "TransVW", "Colorization", "SkullReconstruction", "ModalityRestoration", "CrossModal",
+    "SimCLR", "nt_xent", "MoCoV1", "MoCoV2", "CPC", "PyramidCPC", "MICLe", "MedAug", "C2L",
+    "GlobalLocal", "DeepCluster", "SwAV", "sinkhorn", "BYOL",
+    "SimSiam", "regression_loss", "DINO", "BarlowTwins", "VICReg", "WMSE", "PGL", "PCRLv1", "PCRLv2",
 ]
