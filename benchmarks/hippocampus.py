@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Every 3D method on real volumes: pre-trained on unlabelled hippocampi, fine-tuned to segment them from 2, 5 and 10 labelled ones.
 
-    python benchmarks/hippocampus.py [--data FOLDER] [--rows random models_genesis ...] [--seeds 3] [--seconds 10] [--steps 60]
+    python benchmarks/hippocampus.py [--data FOLDER] [--rows random models_genesis ...] [--seeds 0 1 2] [--seconds 10] [--steps 60]
                                      [--spacing 2] [--decoders] [--device cpu|cuda] [--out FILE]
 
 All volumes are brought to voxels of --spacing mm (1, as they are, or 2) and to 48 × 64 × 48 mm about their centres. One network for
-all: the U-Net's encoder (three levels from width 4). A method trains it for --seconds of one core (or of the GPU) on crops of
+all: the U-Net's encoder (three levels from width 4, group norm: batches are of two). A method trains it for --seconds of one core (or of the GPU) on crops of
 48 × 48 × 48 mm without labels; the number of steps is that over the time of a step, and stands in the file. Then a U-Net with that
 encoder, and a new decoder, is fine-tuned for --steps steps of two volumes on 2, 5 and 10 labelled cases (each set holds the smaller
 one); eight other cases choose the step, thirty are scored once: Dice a case of the whole hippocampus. With --decoders a method that trains
@@ -56,7 +56,7 @@ def rows_of():
 def encoder_of(seed):
     "The same network for all, drawn by the seed."
     torch.manual_seed(seed)
-    return nets.create_encoder("unet", spatial_dims=3, width=4, levels=3)
+    return nets.create_encoder("unet", spatial_dims=3, width=4, levels=3, norm="group")
 
 
 def at_spacing(images, spacing):
@@ -77,8 +77,9 @@ def parts_for(folder, spacing):
 
 def network_from(encoder, decoder, seed):
     "A U-Net that starts from an encoder and, unless None, its decoder."
-    torch.manual_seed(1000 + seed)
-    network = UNet(encoder_of(seed), 2, skips=decoder is None or decoder.skips)
+    start = encoder_of(seed)
+    torch.manual_seed(1000 + seed)  # the new parts of all rows of a seed are alike
+    network = UNet(start, 2, skips=decoder is None or decoder.skips, norm="group" if decoder is None else "batch")
     transfer(encoder, network.encoder)
     if decoder is not None:
         transfer(decoder, network.decoder)
@@ -132,7 +133,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=here / "Task04_Hippocampus")
     parser.add_argument("--rows", nargs="+", default=list(rows_of()), choices=rows_of())
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--spacing", type=int, default=2, choices=[1, 2])
@@ -149,7 +150,7 @@ def main():
     found = json.loads(args.out.read_text()) if args.out.exists() else {"setting": setting, "steps": {}, "cells": {}}
     if any(found["setting"][k] != setting[k] for k in ("data", "cases", "labelled", "extent", "cube", "spacing", "seconds", "steps", "device")):
         raise SystemExit(f"{args.out} holds another setting: give another --out, or remove it")
-    for seed in map(str, range(args.seeds)):
+    for seed in map(str, args.seeds):
         for row in args.rows:
             if seed in found["cells"].get(row, {}):
                 continue
