@@ -110,10 +110,16 @@ def measured(row, seed, parts, args, found):
     model = make()
     fit(model, parts[0], steps=found["steps"][row], seed=seed, device=args.device, progress=False, **setting)
     model.cpu()
-    cells = {row: score(model.encoder)}
+    cells = {row: {"steps": found["steps"][row], **score(model.encoder)}}
     if args.decoders and isinstance(getattr(model, "decoder", None), Decoder) and row != "global_local":  # its decoder enlarges in another way
         cells[f"{row} + decoder"] = score(model.encoder, model.decoder)
     return cells
+
+
+def steps_of(cells):
+    "The number of pre-training steps, or its range where the seeds were measured in several runs."
+    counts = sorted({cell["steps"] for cell in cells.values() if "steps" in cell})
+    return " to ".join(map(str, dict.fromkeys((counts[0], counts[-1])))) if counts else ""
 
 
 def table(found):
