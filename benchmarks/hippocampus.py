@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from methods import IN_3D, OPTIONS, WANTS, save, steps_within
+from methods import IN_3D, MODALITIES, OPTIONS, WANTS, save, steps_within
 from networks import whole
 
 from medssl_nb import nets, ssl
@@ -47,7 +47,7 @@ ABLATION = {  # rows of PCRLv2's Table III that concern volumes
 
 def rows_of():
     "What can be measured: row -> (method, options); `random` first."
-    names = [card.name for card in ssl.cards() if 3 in card.dims and WANTS.get(card.name, "resnet18") != "vit" and card.name != "image_gpt"]
+    names = [card.name for card in ssl.cards() if 3 in card.dims and not WANTS.get(card.name, "").startswith("vit") and card.name not in MODALITIES]
     options = {name: {**OPTIONS.get(name, {}), **IN_3D.get(name, {}), **HERE.get(name, {})} for name in names}
     rows = {name: (name, options[name]) for name in names}
     return {"random": (None, {}), **rows, **{row: ("pcrl_v2", {**options.get("pcrl_v2", {}), **more}) for row, more in ABLATION.items()}}
@@ -112,7 +112,7 @@ def measured(row, seed, parts, args, found):
     model.cpu()
     cells = {row: {"steps": found["steps"][row], **score(model.encoder)}}
     if args.decoders and isinstance(getattr(model, "decoder", None), Decoder) and row != "global_local":  # its decoder enlarges in another way
-        cells[f"{row} + decoder"] = score(model.encoder, model.decoder)
+        cells[f"{row} + decoder"] = {"steps": found["steps"][row], **score(model.encoder, model.decoder)}
     return cells
 
 
@@ -130,8 +130,10 @@ def table(found):
 
     order = sorted(found["cells"], key=lambda row: (row != "random", -sum(c["dice"]["2"]["dice"] for c in found["cells"][row].values()) / len(found["cells"][row])))
     rows = ["| start | steps of pre-training | " + " | ".join(f"Dice, {n} cases" for n in LABELLED) + " |", "| --- " * (2 + len(LABELLED)) + "|"]
-    return "\n".join(rows + [f"| `{row}` | {found['steps'].get(row.removesuffix(' + decoder'), '')} | " + " | ".join(shown(found["cells"][row], n) for n in LABELLED) + " |"
-                             for row in order])
+    for row in order:
+        cells = found["cells"][row]
+        rows.append(f"| `{row}` | {steps_of(cells)} | " + " | ".join(shown(cells, n) for n in LABELLED) + " |")
+    return "\n".join(rows)
 
 
 def main():

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from methods import save
 
 from medssl_nb import nets
 from medssl_nb.data import ImageSet, decathlon
@@ -62,13 +63,6 @@ def train_and_score(recipe, parts, seed, steps, lr, batch, device):
                       evaluate_every=max(1, steps // 2), device=device, progress=False)
     return {"dice": result.score, "cases": [round(float(c), 4) for c in torch.as_tensor(result.cases).float().nanmean(-1)], "step": result.chosen,
             "curve": [[step, round(score, 4)] for step, score in result.curve]}
-
-
-def save(found, path):
-    "Written beside and renamed: a kill never leaves half a file."
-    beside = path.with_suffix(".part")
-    beside.write_text(json.dumps(found, indent=1))
-    os.replace(beside, path)
 
 
 def table(found):

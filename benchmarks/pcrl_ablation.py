@@ -13,13 +13,13 @@ The rows in 3D are among those of benchmarks/hippocampus.py.
 """
 import argparse
 import json
-import os
 import platform
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
+from methods import save
 
 from medssl_nb import nets, ssl
 from medssl_nb.data import ImageSet, cohort
@@ -84,13 +84,6 @@ def cell(row, seed, unlabelled, parts, device):
         segmented = finetune(encoder.cpu(), *parts, **SEGMENTING, **common)
         graded = finetune(encoder, *parts, **GRADING, **common)
     return {**dice_of(segmented, parts[2]), "grade of its size": graded.score, "terms": terms}
-
-
-def save(found, path):
-    "Written beside and renamed: a kill never leaves half a file."
-    beside = path.with_suffix(".part")
-    beside.write_text(json.dumps(found, indent=1))
-    os.replace(beside, path)
 
 
 def main():
