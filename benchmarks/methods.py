@@ -9,7 +9,7 @@ On a GPU give more: --device cuda --seconds 300.
 2D: slices of 48 × 48; 3D: volumes of 64³, of which the methods that answer with an image take crops of 32³, as their papers do.
 Linear probe and kNN grade the ventricles (0 to 4) of patients that no training has seen: quadratic weighted kappa, 0 is chance.
 Probes choose their strength on validation patients. A gain is the score less that of the same encoder before its training.
-Finished cells are kept: a run that was killed goes on where it stopped.
+Finished cells are kept: a run that was killed goes on where it stopped. Encoders are saved in --weights, for whoever asks more of them.
 """
 import argparse
 import json
@@ -26,6 +26,7 @@ from medssl_nb import nets, ssl
 from medssl_nb.data import cohort
 from medssl_nb.evaluate.protocols import knn, linear_probe
 from medssl_nb.train.fit import fit
+from medssl_nb.train.weights import save_encoder
 
 # The networks, and the methods that want another than the first: small patches need a small stem, masked tokens a ViT.
 NETWORKS = {
@@ -95,7 +96,7 @@ def encoder_of(network, dims, seed, channels=1):
 
 def create(name, dims, seed):
     "The method around its network, drawn by the seed; and that network's name."
-    network = "resnet18" if (name, dims) == ("relative_location", 3) else WANTS.get(name, "resnet18")  # its patches of 64³ are large enough
+    network = "resnet18" if dims == 3 and name in ("relative_location", "patch_distance") else WANTS.get(name, "resnet18")  # patches of 64³ are large enough
     options = {**OPTIONS.get(name, {}), **(IN_3D.get(name, {}) if dims == 3 else {})}
     return ssl.create(name, encoder_of(network, dims, seed, len(modalities_of(name)[1])), **options), network
 
@@ -136,7 +137,7 @@ def steps_for(name, images, dims, seconds, device):
     return steps_within(seconds, create(name, dims, 0)[0], images, device, **training(name, dims))
 
 
-def cell(name, dims, seed, parts, steps, device, untrained):
+def cell(name, dims, seed, parts, steps, device, untrained, weights):
     "One training, and the probes before and after it; those before are kept in `untrained`, since many methods share an encoder."
     unlabelled, *labelled = parts
     method, network = create(name, dims, seed)
@@ -149,8 +150,9 @@ def cell(name, dims, seed, parts, steps, device, untrained):
     window = max(1, steps // 20)
     terms = {term: [sum(v[:window]) / window, sum(v[-window:]) / window] for term, v in history.terms.items()}
     health = {what: values[-1] for what, values in history.health.items() if what != "step"}
+    save_encoder(method.cpu().encoder, weights / f"cohort_{dims}d-{name}-{seed}.safetensors", method=name, steps=steps, seed=seed)
     return {"network": network, "steps": steps, "terms": terms, "collapsed_at": history.collapsed_at, "health": health,
-            "random": untrained[start], **probes(representation(method.cpu()), labelled)}
+            "random": untrained[start], **probes(representation(method), labelled)}
 
 
 def save(found, path):
@@ -182,7 +184,7 @@ def table(found):
     return "\n".join(rows)
 
 
-def measure(dims, names, seeds, seconds, device, path):
+def measure(dims, names, seeds, seconds, device, path, weights):
     "All cells of one dimension, seed by seed, kept in the file at `path`; returns what the file holds."
     setting = {"dims": dims, "seconds": seconds, "device": device, "size": SIZE[dims], "batch": BATCH[dims], "patients": PATIENTS[dims][0],
                "torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.processor() or platform.machine()}
@@ -197,7 +199,7 @@ def measure(dims, names, seeds, seconds, device, path):
                 continue
             if name not in found["steps"]:
                 found["steps"][name] = steps_for(name, parts_for(name, dims)[0], dims, seconds, device)
-            row[seed] = cell(name, dims, int(seed), parts_for(name, dims), found["steps"][name], device, untrained)
+            row[seed] = cell(name, dims, int(seed), parts_for(name, dims), found["steps"][name], device, untrained, weights)
             save(found, path)
             print(f"{name}, {dims}D, seed {seed}: {row[seed]['random']['linear_probe']:.3f} → {row[seed]['linear_probe']:.3f} "
                   f"after {row[seed]['steps']} steps", flush=True)
@@ -213,10 +215,12 @@ def main():
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--weights", type=Path, default=Path(__file__).parent / "weights")
     args = parser.parse_args()
+    args.weights.mkdir(exist_ok=True)
     for dims in args.dims:
         names = [name for name in args.methods if dims in known[name].dims]
-        found = measure(dims, names, args.seeds, args.seconds, args.device, args.out / f"methods_{dims}d.json")
+        found = measure(dims, names, args.seeds, args.seconds, args.device, args.out / f"methods_{dims}d.json", args.weights)
         print(f"\n{dims}D\n\n{table(found)}\n", flush=True)
 
 

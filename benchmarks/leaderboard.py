@@ -1,0 +1,229 @@
+#!/usr/bin/env python3
+"""The leaderboard: every method by linear probe, nearest neighbours and fine-tuning, beside random weights and full supervision.
+
+    python benchmarks/leaderboard.py [--boards cohort_2d cohort_3d chest_x_ray hippocampus] [--budget cpu|gpu] [--rows ...] [--seeds 3]
+
+All rows of a board have the same images, the same time of pre-training (20 s of one core; on a GPU 300 s) and the same fine-tuning: so
+many steps from each share of the labelled patients, a smaller share lying in each larger one. Validation patients choose the strength
+of the probe and the step of the fine-tuning; test patients are scored once. `random` is the network without pre-training; methods that
+need another network (see benchmarks/methods.py) have a `random` row of it. `supervised` is the same network pre-trained for the same time
+with the labels of all the images that the others see without.
+
+- cohort_2d, cohort_3d: the built-in cohort; the width of the ventricles, 0 to 4; quadratic weighted kappa.
+- chest_x_ray: the radiographs of ../shared/data/chest_xray; three classes; balanced accuracy. Its classes come from different sources, so
+  that a network can tell them by their borders: a measure of what transfers, not of diagnosis. It names no patients: an image is one.
+- hippocampus: benchmarks/hippocampus.py with its own network and score (Dice).
+
+Boards of data that is not there are left out, and said so. A cell is saved when it is finished, so a run that was killed goes on where it
+stopped; encoders are kept in --weights. Results: benchmarks/results/leaderboard_<board>.json, with versions, machine and seeds. Boards may
+run side by side, each has its file.
+"""
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from methods import BATCH, LR, MODALITIES, NETWORKS, WANTS, create, encoder_of, parts_for, representation, save, spread, steps_within, training
+
+from medssl_nb import ssl
+from medssl_nb.data import ImageSet, folder
+from medssl_nb.evaluate.protocols import METRICS, finetune, knn, linear_probe
+from medssl_nb.tasks import Classifier
+from medssl_nb.train.fit import fit
+from medssl_nb.train.weights import load_encoder, save_encoder
+
+HERE = Path(__file__).resolve().parent
+DATA = Path(os.environ.get("MEDSSL_NB_DATA", HERE.parents[1] / "shared" / "data"))
+BUDGETS = {"cpu": {"seconds": 20, "device": "cpu", "more": 1}, "gpu": {"seconds": 300, "device": "cuda", "more": 5}}  # more: times the steps of fine-tuning
+
+
+@dataclass(frozen=True)
+class Board:
+    "What all rows of a board share."
+    dims: int
+    kind: str  # of the labels
+    classes: int
+    shares: tuple  # of the labelled patients
+    tuning: dict  # options of finetune
+
+
+BOARDS = {
+    "cohort_2d": Board(2, "grades", 5, (0.05, 0.25, 1.0), {"steps": 100, "batch_size": 16, "evaluate_every": 25}),
+    "cohort_3d": Board(3, "grades", 5, (0.1, 1.0), {"steps": 30, "batch_size": 4, "evaluate_every": 15}),
+    "chest_x_ray": Board(2, "classes", 3, (0.05, 0.25, 1.0), {"steps": 100, "batch_size": 16, "evaluate_every": 25}),
+}
+
+
+@lru_cache(maxsize=1)
+def chest_x_rays():
+    "The radiographs at the size of the cohort's slices, as pre-training images and the three parts of the probes."
+    images = folder(DATA / "chest_xray", channels=1, progress=False)
+    x = torch.cat([F.adaptive_avg_pool2d(images.subset([i]).stack().x, (48, 48)) for i in range(len(images))])
+    small = ImageSet(x.numpy(), labels=images.labels, names=images.names, classes=images.classes)
+    return small.split((0.4, 0.25, 0.1, 0.25), seed=0)
+
+
+def parts(board, row):
+    "Images without labels, and training, validation and test: with the modalities that the row's network sees."
+    return chest_x_rays() if board == "chest_x_ray" else parts_for(row, BOARDS[board].dims)
+
+
+def random_row(network):
+    "The row of a network without pre-training."
+    return "random" if network == "resnet18" else f"random, {network}"
+
+
+def rows_of(board):
+    "Every row of a board: random weights, the methods, full supervision."
+    dims = BOARDS[board].dims
+    methods = [card.name for card in ssl.cards() if dims in card.dims and not (board == "chest_x_ray" and card.name in MODALITIES)]
+    networks = dict.fromkeys(WANTS.get(name, "resnet18") for name in methods)
+    return [*map(random_row, dict.fromkeys(["resnet18", *networks])), *methods, "supervised"]
+
+
+def model_of(board, row, seed):
+    "What is pre-trained, None for random weights; the encoder that is scored afterwards; and the name of its network."
+    shape = BOARDS[board]
+    network = row.removeprefix("random, ") if row.startswith("random, ") else "resnet18"
+    if network == "vit of pixels":  # its features are the method's
+        return None, representation(create("image_gpt", shape.dims, seed)[0]), network
+    if row.startswith("random"):
+        return None, encoder_of(network, shape.dims, seed), network
+    if row == "supervised":
+        model = Classifier(encoder_of(network, shape.dims, seed), shape.classes, shape.kind)
+        return model, model.encoder, network
+    model, network = create(row, shape.dims, seed)
+    return model, representation(model), network
+
+
+def setting_of(board, row, network):
+    "Batch, crop and learning rate of a pre-training."
+    shape = BOARDS[board]
+    plain = {"batch_size": BATCH[shape.dims], "size": None}
+    return {**(plain if row == "supervised" else training(row, shape.dims)), "lr": LR.get(network, 3e-3)}
+
+
+def pretrained(board, row, seed, budget, steps, weights):
+    "The encoder of a row, pre-trained now or read from its file; its network; and the number of steps."
+    model, encoder, network = model_of(board, row, seed)
+    if model is None:
+        return encoder, network, 0
+    path, images = weights / f"{board}-{row}-{seed}.safetensors", parts(board, row)[0]
+    if path.exists():
+        _, card = load_encoder(path, into=model.encoder)
+        return encoder, network, card["steps"]
+    setting = setting_of(board, row, network)
+    if row not in steps:
+        steps[row] = steps_within(budget["seconds"], model_of(board, row, 0)[0], images, budget["device"], **setting)
+    fit(model, images, steps=steps[row], seed=seed, device=budget["device"], progress=False, **setting)
+    save_encoder(model.cpu().encoder, path, board=board, method=row, steps=steps[row], seed=seed)
+    return encoder, network, steps[row]
+
+
+def tuned(board, encoder, labelled, seed, budget):
+    "Fine-tuning from each share of the labelled patients: score, chosen step, and the decision on each test case."
+    shape, found = BOARDS[board], {}
+    options = {**shape.tuning, **{key: shape.tuning[key] * budget["more"] for key in ("steps", "evaluate_every")}}
+    for share in shape.shares:
+        part = labelled[0].fraction(share, seed)
+        result = finetune(encoder, part, *labelled[1:], task="classification", kind=shape.kind, seed=seed, device=budget["device"], progress=False, **options)
+        found[f"{share:g}"] = {"score": result.score, "step": result.chosen, "decided": "".join(map(str, result.predicted.tolist()))}
+    return found
+
+
+def cell(board, row, seed, budget, steps, weights):
+    "All scores of one row and seed."
+    kind, labelled = BOARDS[board].kind, parts(board, row)[1:]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a collapse, or a probe that does not converge, is told by its score
+        encoder, network, done = pretrained(board, row, seed, budget, steps, weights)
+        linear, near = linear_probe(encoder, *labelled, kind=kind, device=budget["device"]), knn(encoder, labelled[0], labelled[2], kind=kind, device=budget["device"])
+        return {"network": network, "steps": done, "linear_probe": linear.score, "knn": near.score, "finetune": tuned(board, encoder, labelled, seed, budget)}
+
+
+def setting_for(board, budget):
+    "What must agree before cells may stand in one file; and what is only told."
+    shape, images = BOARDS[board], parts(board, "simclr")
+    binding = {"board": board, "seconds": budget["seconds"], "device": budget["device"], "images": [len(p) for p in images], "shares": list(shape.shares),
+               "tuning": {**shape.tuning, "more": budget["more"]}, "metric": METRICS[shape.kind], "batch": BATCH[shape.dims], "networks": {n: list(v) for n, v in NETWORKS.items()}}
+    told = {"torch": torch.__version__, "medssl_nb": version("medssl_nb"), "threads": torch.get_num_threads(),
+            "machine": torch.cuda.get_device_name() if budget["device"] == "cuda" else platform.processor() or platform.machine()}
+    return binding, told
+
+
+def opened(path, board, budget):
+    "The file's content, or a new one; SystemExit if it was made under another setting."
+    binding, told = setting_for(board, budget)
+    truth = parts(board, "simclr")[3].labels.tolist()
+    found = json.loads(path.read_text()) if path.exists() else {"setting": {**binding, **told}, "truth": "".join(map(str, truth)), "steps": {}, "cells": {}}
+    if differ := [key for key in binding if found["setting"].get(key) != json.loads(json.dumps(binding[key]))]:
+        raise SystemExit(f"{path} was made with another {', '.join(differ)}: give another --out, or remove it")
+    return found
+
+
+def table(found):
+    "The board as a Markdown table, random weights first, then by the fine-tuning from the fewest labels, full supervision last."
+    shares = [f"{s:g}" for s in found["setting"]["shares"]]
+    score = lambda row, share: [c["finetune"][share]["score"] for c in found["cells"][row].values()]
+    mean = lambda row: sum(score(row, shares[0])) / len(score(row, shares[0]))
+    order = sorted(found["cells"], key=lambda row: (row == "supervised", not row.startswith("random"), -mean(row)))
+    lines = [f"| {found['setting']['metric']} | steps | linear probe | kNN | " + " | ".join(f"{float(s):.0%} of the labels" for s in shares) + " |", "| --- " * (4 + len(shares)) + "|"]
+    for row in order:
+        cells = list(found["cells"][row].values())
+        lines.append(f"| `{row}` | {cells[0]['steps']} | " + " | ".join([*(spread([c[w] for c in cells]) for w in ("linear_probe", "knn")), *(spread(score(row, s)) for s in shares)]) + " |")
+    return "\n".join(lines)
+
+
+def measure(board, rows, seeds, budget, path, weights):
+    "All cells of a board, seed by seed, kept in the file at `path`."
+    found = opened(path, board, budget)
+    for seed in map(str, range(seeds)):
+        for row in rows:
+            if seed not in found["cells"].get(row, {}):
+                made = cell(board, row, int(seed), budget, found["steps"], weights)
+                found["cells"].setdefault(row, {})[seed] = made
+                save(found, path)
+                print(f"{board}, {row}, seed {seed}: probe {made['linear_probe']:.3f}, fine-tuned " + ", ".join(f"{s} {d['score']:.3f}" for s, d in made["finetune"].items()), flush=True)
+    print(f"\n{board}\n\n{table(found)}\n", flush=True)
+
+
+def hippocampus(budget, seeds):
+    "The board of real volumes has a script of its own."
+    if not (DATA / "Task04_Hippocampus").is_dir():
+        return print(f"hippocampus is left out: {DATA / 'Task04_Hippocampus'} is not there (MEDSSL_NB_DATA names another folder)")
+    longer = ["--device", "cuda", "--seconds", "600", "--steps", "1000", "--spacing", "1", "--out", str(HERE / "results" / "methods_hippocampus_gpu.json")]
+    subprocess.run([sys.executable, HERE / "hippocampus.py", "--seeds", *map(str, range(seeds)), *(longer if budget["device"] == "cuda" else ["--device", "cpu"])], check=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--boards", nargs="+", default=[*BOARDS, "hippocampus"], choices=[*BOARDS, "hippocampus"])
+    parser.add_argument("--rows", nargs="+", help="default: all of each board")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--budget", default="cpu", choices=BUDGETS)
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    parser.add_argument("--weights", type=Path, default=HERE / "weights")
+    args = parser.parse_args()
+    args.weights.mkdir(exist_ok=True)
+    budget, ending = BUDGETS[args.budget], "" if args.budget == "cpu" else f"_{args.budget}"
+    for board in args.boards:
+        if board == "hippocampus":
+            hippocampus(budget, args.seeds)
+        elif board == "chest_x_ray" and not (DATA / "chest_xray").is_dir():
+            print(f"chest_x_ray is left out: {DATA / 'chest_xray'} is not there (MEDSSL_NB_DATA names another folder)")
+        else:
+            rows = [row for row in rows_of(board) if args.rows is None or row in args.rows]
+            measure(board, rows, args.seeds, budget, args.out / f"leaderboard_{board}{ending}.json", args.weights)
+
+
+if __name__ == "__main__":
+    main()
