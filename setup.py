@@ -44,6 +44,6 @@ setup(
     data_files=book(),
     python_requires=f">={settings['min_python']}",
     install_requires=lines("requirements"),
-    extras_require={"dev": lines("dev_requirements")},
+    extras_require={"dev": lines("dev_requirements"), "faiss": lines("faiss_requirements")},
     entry_points={"console_scripts": lines("console_scripts")},
 )

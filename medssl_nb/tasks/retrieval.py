@@ -15,8 +15,8 @@ from ..nets.base import embed
 from .classification import Supervised
 
 # %% ../../nbs/5_using/03_retrieval.ipynb #181bb357
-class _Index:
-    "What all indices share: length 1, patients, and leaving out the query's own. Subclasses define `_nearest`."
+class _Archive:
+    "Embeddings of length 1, and whose they are."
 
     def __init__(self, embeddings: Tensor, groups):
         groups = list(groups)
@@ -37,6 +37,10 @@ class _Index:
         if not (torch.isfinite(length) & (length > 0)).all():
             raise ValueError("an embedding is 0, NaN or infinite: it points nowhere; look at the encoder's health before searching with it")
         return vectors / length
+
+# %% ../../nbs/5_using/03_retrieval.ipynb #676471ec
+class _Index(_Archive):
+    "What all indices share: a ranking without the query's own patient. Subclasses define `_nearest`."
 
     def ranking(self, queries: Tensor, groups, same_patient: bool = False, k: "int | None" = None):
         """Cosine `(Q, k)` and place `(Q, k)` of the nearest images, nearest first; default: of all of them.
@@ -62,7 +66,7 @@ class _Index:
             raise ValueError(f"k = {k}, but there are {len(self)} images, {own} of them of a query's own patient; take a k from 1 to what is left")
         return self.ranking(queries, groups, same_patient, k)
 
-
+# %% ../../nbs/5_using/03_retrieval.ipynb #9092c18d
 class ExactIndex(_Index):
     """Nearest images by cosine, all compared: one matrix product.
 
@@ -112,7 +116,7 @@ def _hits(relevant, total=None):
         raise ValueError(f"total of shape {tuple(total.shape)}: give the number of relevant cases of each query, never fewer than its hits")
     return hits, total, torch.where(total > 0, 0.0, torch.nan)
 
-
+# %% ../../nbs/5_using/03_retrieval.ipynb #dbde4a9d
 def precision_at(relevant, k: int, total=None) -> Tensor:
     "Share of hits `(Q,)` among the first k of rankings `(Q, R)` of 0 and 1; nan for a query without any relevant case."
     hits, total, unanswerable = _hits(relevant, total)
@@ -172,7 +176,7 @@ class Pairs:
     partner: Tensor  # (B,) place in the batch
     same: Tensor  # (B,) bool
 
-
+# %% ../../nbs/5_using/03_retrieval.ipynb #ab35f736
 class Siamese(Supervised):
     """An encoder trained by `fit` so that images of one class lie near each other, the others `margin` apart.
 
