@@ -102,6 +102,18 @@ def test_pyramid_is_the_decoder_s_and_stops_where_asked():
             assert len(feature_pyramid(encoder, decoder, x, 1)) == 2
 
 
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_recomputing_changes_neither_loss_nor_gradient_nor_running_statistics(spatial_dims):
+    found = []
+    for recompute in (False, True):
+        method = make(spatial_dims, recompute=recompute)
+        terms = method(method.pretext(images(spatial_dims), generator()))
+        terms["loss"].backward()
+        found.append([terms["loss"].detach(), *(p.grad for p in method.parameters()), *method.buffers()])
+        assert all(m.momentum == 0.1 for m in method.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_overlap_by_counting_voxels():
     draw = random.Random(0)
     for _ in range(20):
