@@ -1,6 +1,8 @@
 "The power law and its transition, the summed kernels, and the photographs."
 import math
 import socket
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -76,15 +78,16 @@ def test_bad_runs_are_refused(sizes, errors, words):
         fit_power_law(sizes, errors)
 
 
-def test_intervals_hold_the_truth_and_may_end_at_infinity():
-    rng, n = np.random.default_rng(0), np.repeat(SIZES, 3)
-    noise = np.exp(0.08 * rng.standard_normal(len(n)))
-    found = power_law_intervals(n, PowerLaw(0.6, 0.5, 0.05)(n) * noise, draws=60)
-    for name, truth in (("exponent", 0.5), ("floor", 0.05), ("transition", 144)):
-        assert found[name].low < truth < found[name].high
-        assert found[name].low <= found[name].value <= found[name].high
-    endless = power_law_intervals(n, 0.6 * n**-0.5 * noise, draws=60)
-    assert endless["transition"].high == math.inf
+def test_intervals_mostly_hold_the_truth_and_may_end_at_infinity():
+    law, n, held = PowerLaw(0.6, 0.5, 0.05), np.repeat(SIZES, 3), {"exponent": 0, "floor": 0, "transition": 0}
+    for seed in range(10):
+        noise = np.exp(0.1 * np.random.default_rng(seed).standard_normal(len(n)))
+        found = power_law_intervals(n, law(n) * noise, draws=60)
+        for name, truth in (("exponent", 0.5), ("floor", 0.05), ("transition", 144)):
+            held[name] += found[name].low < truth < found[name].high
+            assert found[name].low <= found[name].high
+    assert min(held.values()) >= 6, held  # 95 % of draws of many runs, somewhat fewer of 21
+    assert power_law_intervals(n, 0.6 * n**-0.5 * noise, draws=60)["transition"].high == math.inf
 
 
 def test_summed_kernels_answer_a_grey_image_as_the_colour_network_does():
@@ -101,27 +104,50 @@ def test_summed_kernels_answer_a_grey_image_as_the_colour_network_does():
         one_channel(colour)
 
 
-def test_timms_network_is_summed_too_and_nothing_is_fetched_unasked(monkeypatch):
-    pytest.importorskip("timm")
-    monkeypatch.setattr(socket.socket, "connect", lambda *a: pytest.fail("the network was asked"))
-    encoder = generalist("timm:resnet18", pretrained=False)
-    assert encoder.in_channels == 1 and encoder.channels[-1] == 512
+class _LikeTimm(torch.nn.Module):
+    "A network as timm makes them with features_only=True."
+
+    def __init__(self, in_chans):
+        super().__init__()
+        self.conv1, self.conv2 = torch.nn.Conv2d(in_chans, 4, 3, 2, 1), torch.nn.Conv2d(4, 8, 3, 2, 1)
+        self.feature_info = types.SimpleNamespace(channels=lambda: [4, 8], reduction=lambda: [2, 4])
+
+    def forward(self, x):
+        return [first := self.conv1(x), self.conv2(first.relu())]
+
+
+@pytest.fixture
+def timm(monkeypatch):
+    "A stand-in for timm, whose weights can be had (`made`), or not (`offline`)."
+    stub = types.ModuleType("timm")
+    stub.made, stub.offline = [], False
+
+    def create_model(name, pretrained=False, features_only=True, in_chans=3):
+        if pretrained and stub.offline:
+            raise OSError("no network")
+        stub.made.append((pretrained, _LikeTimm(in_chans)))
+        return stub.made[-1][1]
+
+    stub.create_model = create_model
+    monkeypatch.setitem(sys.modules, "timm", stub)
+    return stub
+
+
+def test_timms_weights_are_summed_too(timm):
+    encoder, x = generalist("timm:any"), torch.randn(1, 1, 16, 16)
+    colour = next(network for pretrained, network in timm.made if pretrained)
+    assert encoder.in_channels == 1 and encoder.channels == [4, 8]
+    with torch.no_grad():
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(encoder(x), colour(x.expand(-1, 3, -1, -1))))
     with pytest.raises(ValueError, match="timm:"):
         generalist("resnet18")
 
 
-def test_weights_that_cannot_be_had_are_told(monkeypatch):
-    timm = pytest.importorskip("timm")
-    create = timm.create_model
-
-    def offline(name, pretrained=False, **options):
-        if pretrained:
-            raise OSError("no network")
-        return create(name, pretrained=False, **options)
-
-    monkeypatch.setattr(timm, "create_model", offline)
+def test_weights_that_cannot_be_had_are_told_and_none_are_drawn_in_their_place(timm):
+    timm.offline = True
     with pytest.raises(ConnectionError, match="resnet18"):
         generalist("timm:resnet18")
+    assert generalist("timm:resnet18", pretrained=False).in_channels == 1  # asked for
 
 
 def test_photographs_are_fair_repeatable_and_offline(monkeypatch):

@@ -62,7 +62,7 @@ def cross_validate(
                 bar.update()
     return rows
 
-
+# %% ../../nbs/5_using/05d_protocols.ipynb #6f9486c1
 def _told(result, test) -> dict:
     "The score of each case, and for classes and grades truth and decision, as lists."
     cases = result.cases.reshape(len(result.cases), -1).nanmean(1).tolist()

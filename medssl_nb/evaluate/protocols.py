@@ -297,8 +297,7 @@ def finetune(
     """
     if not 0 <= warm_up < steps or (warm_up and freeze):
         raise ValueError(f"warm_up ({warm_up}) counts the first of the steps ({steps}), so it is smaller, and goes without freeze")
-    parts = (train, validation, test)
-    check_disjoint(*parts)
+    check_disjoint(*(parts := (train, validation, test)))
     model, kind = _model_for(encoder, parts, task_of(train, task), kind, seed)
     watch = _BestOnValidation(lambda m: _examine(m, validation, size, batch_size), evaluate_every or max(1, steps // 10), steps)
     watch(0, model.to(choose_device(device)))
@@ -341,7 +340,7 @@ def _starts(encoders):
         starts["random"] = lambda seed: fresh(given["random"], seed)
     return starts
 
-
+# %% ../../nbs/5_using/05_how_to_evaluate.ipynb #58feeaa2
 def _is_function(value):
     "Whether this makes an encoder from a seed. A class does not: called with a seed it would make who knows what."
     return callable(value) and not isinstance(value, (nn.Module, type))

@@ -182,6 +182,6 @@ def power_law_intervals(sizes, errors, draws: int = 300, level: float = 0.95, se
 
     columns, options = [np.asarray(v, dtype=float) for v in (sizes, errors)], dict(draws=draws, level=level, seed=seed)
     found = {name: bootstrap(lambda n, e: getattr(fitted(n, e), name), *columns, **options) for name in ("exponent", "floor")}
-    rate = bootstrap(lambda n, e: 1 / fitted(n, e).transition, *columns, **options)  # 0 without a floor
+    rate = bootstrap(lambda n, e: 1 / max(fitted(n, e).transition, 1e-300), *columns, **options)  # 0 without a floor
     turned = [1 / v if v else math.inf for v in (rate.value, rate.high, rate.low)]
     return {**found, "transition": Interval(*turned, rate.left_out)}

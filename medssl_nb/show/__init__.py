@@ -2,14 +2,15 @@
 
 # %% auto #0
 __all__ = ['slices', 'grid', 'views', 'curves', 'label_efficiency', 'embedding', 'blend', 'panels', 'Picture', 'browse',
-           'Browser', 'to_html', 'reference']
+           'Browser', 'to_html', 'reference', 'learning_curves', 'violins', 'forest', 'critical_differences']
 
 # %% ../../nbs/reference/show.ipynb #c32923f6
 from .figures import slices, grid, views, curves, label_efficiency, embedding, blend, panels, Picture
 from .browse import browse, Browser, to_html
 from .reference import reference
+from .scores import critical_differences, forest, learning_curves, violins
 
 _all_ = [
     "slices", "grid", "views", "curves", "label_efficiency", "embedding", "blend", "panels", "Picture",
-    "browse", "Browser", "to_html", "reference",
+    "browse", "Browser", "to_html", "reference", "learning_curves", "violins", "forest", "critical_differences",
 ]
