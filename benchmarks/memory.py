@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The most memory that one step of a method takes: views, loss and gradients, at the finest scale where a method draws one.
 
-    python benchmarks/memory.py [--method pcrl_v2] [--encoders resnet18 "unet 16" "unet 32" "unet 32, recompute"] [--size 64 64 32] [--batch 8] [--device cpu|cuda]
+    python benchmarks/memory.py [--method pcrl_v2] [--encoders resnet18 "unet 16" "unet 16, recompute" ...] [--size 64 64 32] [--batch 8] [--device cpu|cuda]
 
 An encoder is its name and, if they follow, its width and an option of the method to be switched on. Each runs in a process of its own, so that the peak is its own; on a CPU it holds the
 process with PyTorch in it (0.3 GB), on a GPU what PyTorch has allocated. Prints a table and writes benchmarks/results/memory.json.
@@ -42,7 +42,7 @@ def step(encoder, method, size, batch, device):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", default="pcrl_v2")
-    parser.add_argument("--encoders", nargs="+", default=["resnet18", "unet 16", "unet 32", "unet 32, recompute"])
+    parser.add_argument("--encoders", nargs="+", default=["resnet18", "unet 16", "unet 16, recompute", "unet 32", "unet 32, recompute"])
     parser.add_argument("--size", nargs="+", type=int, default=[64, 64, 32])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--device", default="cpu")
