@@ -32,7 +32,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from methods import BATCH, LR, MODALITIES, NETWORKS, WANTS, create, encoder_of, parts_for, representation, save, spread, steps_within, training
+from methods import BATCH, LR, MODALITIES, NETWORKS, PATIENTS, create, encoder_of, network_of, parts_for, representation, save, spread, steps_within, training
 
 from medssl_nb import ssl
 from medssl_nb.data import ImageSet, folder
@@ -69,7 +69,7 @@ def chest_x_rays():
     images = folder(DATA / "chest_xray", channels=1, progress=False)
     x = torch.cat([F.adaptive_avg_pool2d(images.subset([i]).stack().x, (48, 48)) for i in range(len(images))])
     small = ImageSet(x.numpy(), labels=images.labels, names=images.names, classes=images.classes)
-    return small.split((0.4, 0.25, 0.1, 0.25), seed=0)
+    return small.split(PATIENTS[2][1], seed=0)
 
 
 def parts(board, row):
@@ -86,8 +86,8 @@ def rows_of(board):
     "Every row of a board: random weights, the methods, full supervision."
     dims = BOARDS[board].dims
     methods = [card.name for card in ssl.cards() if dims in card.dims and not (board == "chest_x_ray" and card.name in MODALITIES)]
-    networks = dict.fromkeys(WANTS.get(name, "resnet18") for name in methods)
-    return [*map(random_row, dict.fromkeys(["resnet18", *networks])), *methods, "supervised"]
+    networks = dict.fromkeys(["resnet18", *(network_of(name, dims) for name in methods)])
+    return [*map(random_row, networks), *methods, "supervised"]
 
 
 def model_of(board, row, seed):

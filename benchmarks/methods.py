@@ -94,9 +94,14 @@ def encoder_of(network, dims, seed, channels=1):
     return nets.create_encoder(kind, spatial_dims=dims, in_channels=channels, **options)
 
 
+def network_of(name, dims):
+    "The name of the network that a method gets."
+    return "resnet18" if dims == 3 and name in ("relative_location", "patch_distance") else WANTS.get(name, "resnet18")  # patches of 64³ are large enough
+
+
 def create(name, dims, seed):
     "The method around its network, drawn by the seed; and that network's name."
-    network = "resnet18" if dims == 3 and name in ("relative_location", "patch_distance") else WANTS.get(name, "resnet18")  # patches of 64³ are large enough
+    network = network_of(name, dims)
     options = {**OPTIONS.get(name, {}), **(IN_3D.get(name, {}) if dims == 3 else {})}
     return ssl.create(name, encoder_of(network, dims, seed, len(modalities_of(name)[1])), **options), network
 
