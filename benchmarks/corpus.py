@@ -8,14 +8,11 @@ number of steps on these patients' images ("own"), or on 480 other patients' ("c
 rows are; `random` starts without pre-training. Quadratic weighted kappa of the test patients. Finished cells are kept.
 """
 import argparse
-import json
-import platform
 import warnings
 from pathlib import Path
 
-import torch
 from leaderboard import BOARDS, BUDGETS, model_of, parts, setting_of
-from methods import save, spread, steps_within
+from methods import opened, save, spread, steps_within
 
 from medssl_nb.evaluate.protocols import finetune
 from medssl_nb.train.fit import fit
@@ -49,9 +46,7 @@ def main():
     args = parser.parse_args()
     images = [len(p) for p in parts(BOARD, "simclr")]
     setting = {"board": BOARD, "share": SHARE, "images": images, "tuning": BOARDS[BOARD].tuning, "seconds": BUDGET["seconds"]}
-    found = json.loads(args.out.read_text()) if args.out.exists() else {"setting": {**setting, "torch": torch.__version__, "machine": platform.machine()}, "steps": {}, "cells": {}}
-    if any(found["setting"][key] != setting[key] for key in setting):
-        raise SystemExit(f"{args.out} was made under another setting: give another --out, or remove it")
+    found = opened(args.out, setting, steps={}, cells={})
     for seed in map(str, range(args.seeds)):
         for method in args.methods:
             row = found["cells"].setdefault(method, {})

@@ -14,15 +14,13 @@ Finished cells are kept: a run that was killed goes on where it stopped, from th
 """
 import argparse
 import copy
-import json
 import math
-import platform
 import time
 import warnings
 from pathlib import Path
 
 import torch
-from methods import save
+from methods import opened, save
 
 from medssl_nb import nets, ssl
 from medssl_nb.data import cohort
@@ -171,12 +169,8 @@ def main():
     args = parser.parse_args()
     args.weights.mkdir(exist_ok=True)
     begin, budget = time.perf_counter(), BUDGETS[args.budget]
-    setting = {**budget, "budget": args.budget, "size": SIZE[args.budget], "network": NETWORK, "decoder": DECODER, "starts": STARTS,
-               "torch": torch.__version__, "threads": torch.get_num_threads(), "device": args.device, "machine": platform.processor() or platform.machine()}
-    setting = json.loads(json.dumps(setting))  # as the file has it
-    found = json.loads(args.out.read_text()) if args.out.exists() else {"setting": setting, "seconds": 0.0, "cells": {}}
-    if any(found["setting"][key] != setting[key] for key in setting if key not in ("torch", "threads", "machine")):
-        raise SystemExit(f"{args.out} holds another setting: give another --out, or remove it")
+    setting = {**budget, "budget": args.budget, "size": SIZE[args.budget], "network": NETWORK, "decoder": DECODER, "starts": STARTS, "device": args.device}
+    found = opened(args.out, setting, seconds=0.0, cells={})
     images = images_for(args.budget)
     for seed, row, count in cells(args.seeds, args.budget):
         kept = found["cells"].setdefault(row, {}).setdefault(seed, {})

@@ -15,15 +15,13 @@ network (masked tokens) or several channels are left out. FOLDER is in the layou
 Task04_Hippocampus of ../shared/data or of the folder that MEDSSL_NB_DATA names). Finished cells are kept.
 """
 import argparse
-import json
 import os
-import platform
 import warnings
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from methods import IN_3D, MODALITIES, OPTIONS, WANTS, save, steps_within
+from methods import IN_3D, MODALITIES, OPTIONS, WANTS, opened, save, steps_within
 from networks import whole
 
 from medssl_nb import nets, ssl
@@ -152,12 +150,9 @@ def main():
     if not args.data.is_dir():
         raise SystemExit(f"{args.data} is not there: give --data, a folder of the Medical Segmentation Decathlon")
     parts = parts_for(args.data, args.spacing)
-    setting = {"data": args.data.name, "cases": [len(p) for p in parts], "labelled": list(LABELLED), "extent": list(EXTENT), "cube": list(CUBE),
-               "spacing": args.spacing, "seconds": args.seconds, "steps": args.steps, "device": args.device, "torch": torch.__version__,
-               "machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-    found = json.loads(args.out.read_text()) if args.out.exists() else {"setting": setting, "steps": {}, "cells": {}}
-    if any(found["setting"][k] != setting[k] for k in ("data", "cases", "labelled", "extent", "cube", "spacing", "seconds", "steps", "device")):
-        raise SystemExit(f"{args.out} holds another setting: give another --out, or remove it")
+    setting = {"data": args.data.name, "cases": [len(p) for p in parts], "labelled": LABELLED, "extent": EXTENT, "cube": CUBE,
+               "spacing": args.spacing, "seconds": args.seconds, "steps": args.steps, "device": args.device}
+    found = opened(args.out, setting, steps={}, cells={})
     for seed in map(str, args.seeds):
         for row in args.rows:
             if seed in found["cells"].get(row, {}):

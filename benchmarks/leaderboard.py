@@ -20,20 +20,17 @@ stopped; encoders are kept in --weights. Results: benchmarks/results/leaderboard
 run side by side, each has its file.
 """
 import argparse
-import json
 import os
-import platform
 import subprocess
 import sys
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from methods import BATCH, LR, MODALITIES, NETWORKS, PATIENTS, create, encoder_of, network_of, parts_for, representation, save, spread, steps_within, training
+from methods import BATCH, LR, MODALITIES, NETWORKS, PATIENTS, create, encoder_of, network_of, opened, parts_for, representation, save, spread, steps_within, training
 
 from medssl_nb import ssl
 from medssl_nb.data import ImageSet, folder
@@ -163,24 +160,12 @@ def cell(board, row, seed, budget, steps, weights):
         return {"network": network, "steps": done, "linear_probe": linear.score, "knn": near.score, "finetune": tuned(board, encoder, labelled, seed, budget)}
 
 
-def setting_for(board, budget):
-    "What must agree before cells may stand in one file; and what is only told."
+def board_file(path, board, budget):
+    "What the board's file holds, or a new one, with the truth of the test cases beside the cells."
     shape, images = BOARDS[board], parts(board, "simclr")
-    binding = {"board": board, "seconds": budget["seconds"], "device": budget["device"], "images": [len(p) for p in images], "shares": list(shape.shares),
-               "tuning": {**shape.tuning, "more": budget["more"]}, "metric": METRICS[shape.kind], "middle": shape.middle, "batch": BATCH[shape.dims], "networks": {n: list(v) for n, v in NETWORKS.items()}}
-    told = {"torch": torch.__version__, "medssl_nb": version("medssl_nb"), "threads": torch.get_num_threads(),
-            "machine": torch.cuda.get_device_name() if budget["device"] == "cuda" else platform.processor() or platform.machine()}
-    return binding, told
-
-
-def opened(path, board, budget):
-    "The file's content, or a new one; SystemExit if it was made under another setting."
-    binding, told = setting_for(board, budget)
-    truth = parts(board, "simclr")[3].labels.tolist()
-    found = json.loads(path.read_text()) if path.exists() else {"setting": {**binding, **told}, "truth": "".join(map(str, truth)), "steps": {}, "cells": {}}
-    if differ := [key for key in binding if found["setting"].get(key) != json.loads(json.dumps(binding[key]))]:
-        raise SystemExit(f"{path} was made with another {', '.join(differ)}: give another --out, or remove it")
-    return found
+    setting = {"board": board, "seconds": budget["seconds"], "device": budget["device"], "images": [len(p) for p in images], "shares": shape.shares,
+               "tuning": {**shape.tuning, "more": budget["more"]}, "metric": METRICS[shape.kind], "middle": shape.middle, "batch": BATCH[shape.dims], "networks": NETWORKS}
+    return opened(path, setting, truth="".join(map(str, images[3].labels.tolist())), steps={}, cells={})
 
 
 def table(found):
@@ -198,7 +183,7 @@ def table(found):
 
 def measure(board, rows, seeds, budget, path, weights):
     "All cells of a board, seed by seed, kept in the file at `path`."
-    found = opened(path, board, budget)
+    found = board_file(path, board, budget)
     for seed in map(str, range(seeds)):
         for row in rows:
             if seed not in found["cells"].get(row, {}):

@@ -18,6 +18,7 @@ import platform
 import time
 import warnings
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -160,6 +161,18 @@ def cell(name, dims, seed, parts, steps, device, untrained, weights):
             "random": untrained[start], **probes(representation(method), labelled)}
 
 
+def opened(path, setting, **empty):
+    "What a benchmark's file holds, or a new one with the setting, versions and machine; SystemExit if it was made under another setting."
+    setting = json.loads(json.dumps(setting))  # as a file has it
+    if not path.exists():
+        machine = torch.cuda.get_device_name() if str(setting.get("device")).startswith("cuda") else platform.processor() or platform.machine()
+        return {"setting": {**setting, "torch": torch.__version__, "medssl_nb": version("medssl_nb"), "threads": torch.get_num_threads(), "machine": machine}, **empty}
+    found = json.loads(path.read_text())
+    if differ := [key for key in setting if found["setting"].get(key) != setting[key]]:
+        raise SystemExit(f"{path} was made with another {', '.join(differ)}: give another --out, or remove it")
+    return found
+
+
 def save(found, path):
     "Written beside and renamed: a kill never leaves half a file."
     beside = path.with_suffix(".part")
@@ -191,11 +204,8 @@ def table(found):
 
 def measure(dims, names, seeds, seconds, device, path, weights):
     "All cells of one dimension, seed by seed, kept in the file at `path`; returns what the file holds."
-    setting = {"dims": dims, "seconds": seconds, "device": device, "size": SIZE[dims], "batch": BATCH[dims], "patients": PATIENTS[dims][0],
-               "torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.processor() or platform.machine()}
-    found = json.loads(path.read_text()) if path.exists() else {"setting": setting, "steps": {}, "cells": {}}
-    if any(found["setting"][key] != setting[key] for key in ("dims", "seconds", "device", "size", "batch", "patients")):
-        raise SystemExit(f"{path} holds another setting: give another --out, or remove it")
+    setting = {"dims": dims, "seconds": seconds, "device": device, "size": SIZE[dims], "batch": BATCH[dims], "patients": PATIENTS[dims][0]}
+    found = opened(path, setting, steps={}, cells={})
     untrained = {}
     for seed in map(str, range(seeds)):
         for name in names:

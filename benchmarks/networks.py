@@ -11,15 +11,13 @@ FOLDER is in the layout of the Medical Segmentation Decathlon (default: Task04_H
 that MEDSSL_NB_DATA names). Finished cells are kept in the file: a run that was killed goes on where it stopped.
 """
 import argparse
-import json
 import os
-import platform
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from methods import save
+from methods import opened, save
 
 from medssl_nb import nets
 from medssl_nb.data import ImageSet, decathlon
@@ -97,13 +95,9 @@ def main():
     images = decathlon(args.data.name, args.data.parent, download=False)
     images = images if args.parts else whole(images)
     train, validation, test, _ = images.split((30 / len(images), 8 / len(images), 30 / len(images), 1 - 68 / len(images)), seed=0)
-    setting = {"data": args.data.name, "cases": [len(p) for p in (train, validation, test)], "regions": images.regions,
-               "steps": args.steps, "lr": args.lr, "batch": args.batch,
-               "size": list(SIZE), "target_parameters": args.parameters, "torch": torch.__version__, "device": args.device,
-               "machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-    found = json.loads(args.out.read_text()) if args.out.exists() else {"setting": setting, "networks": {}}
-    if any(found["setting"][k] != setting[k] for k in ("data", "cases", "regions", "steps", "lr", "batch", "size", "target_parameters")):
-        raise SystemExit(f"{args.out} holds another setting: give another --out, or remove it")
+    setting = {"data": args.data.name, "cases": [len(p) for p in (train, validation, test)], "regions": images.regions, "steps": args.steps,
+               "lr": args.lr, "batch": args.batch, "size": SIZE, "target_parameters": args.parameters, "device": args.device}
+    found = opened(args.out, setting, networks={})
     for seed in range(args.seeds):
         for name in args.networks:
             row = found["networks"].setdefault(name, {"recipe": recipe_of(name, len(images.regions), args.parameters), "seeds": {}})

@@ -12,14 +12,12 @@ decoder or head. No patient is in two parts. Finished cells are kept: a run that
 The rows in 3D are among those of benchmarks/hippocampus.py.
 """
 import argparse
-import json
-import platform
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from methods import save
+from methods import opened, save
 
 from medssl_nb import nets, ssl
 from medssl_nb.data import ImageSet, cohort
@@ -94,11 +92,8 @@ def main():
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "pcrl_ablation.json")
     args = parser.parse_args()
     unlabelled, parts = parts_for()
-    setting = {"pretraining": PRETRAINING, "segmenting": SEGMENTING, "grading": GRADING, "cases": list(CASES), "rows": ROWS,
-               "torch": torch.__version__, "device": args.device, "machine": platform.processor() or platform.machine()}
-    found = json.loads(args.out.read_text()) if args.out.exists() else {"setting": setting, "cells": {}}
-    if any(found["setting"][key] != setting[key] for key in ("pretraining", "segmenting", "grading", "cases", "rows", "device")):
-        raise SystemExit(f"{args.out} holds another setting: give another --out, or remove it")
+    setting = {"pretraining": PRETRAINING, "segmenting": SEGMENTING, "grading": GRADING, "cases": CASES, "rows": ROWS, "device": args.device}
+    found = opened(args.out, setting, cells={})
     for seed in range(args.seeds):
         for row in args.rows:
             kept = found["cells"].setdefault(row, {})
