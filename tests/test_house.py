@@ -88,3 +88,9 @@ def test_the_whole_book_has_a_place_on_the_site():
     listed = (ROOT / "_quarto.yml").read_text()
     missing = [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if p.relative_to(ROOT).as_posix() not in listed and ".ipynb_checkpoints" not in str(p)]
     assert not missing
+
+
+@pytest.mark.parametrize("contents", ["README.md", "_quarto.yml"])
+def test_every_chapter_is_in_the_contents(contents):
+    text = (ROOT / contents).read_text()
+    assert not [chapter for path in sorted((ROOT / "nbs").glob("[1-9]_*/*.ipynb")) if (chapter := path.relative_to(ROOT).as_posix()) not in text]

@@ -4,12 +4,14 @@
 __all__ = ['Classifier', 'classification_loss', 'class_weights', 'calibration_curve', 'calibration_error', 'best_temperature',
            'Segmenter', 'segmentation_loss', 'LOSSES', 'soft_dice', 'soft_jaccard', 'jaccard_loss', 'focal_tversky',
            'tversky', 'predict_volume', 'Siamese', 'contrastive_loss', 'ExactIndex', 'FaissIndex', 'precision_at',
-           'average_precision', 'reciprocal_rank', 'retrieval_scores', 'Enhancer', 'Pair']
+           'average_precision', 'reciprocal_rank', 'retrieval_scores', 'Enhancer', 'Pair', 'blobs', 'candidates',
+           'Candidates', 'froc', 'luna_score']
 
 # %% ../../nbs/reference/tasks.ipynb #23313d42
 from medssl_nb.tasks.classification import (
     Classifier, best_temperature, calibration_curve, calibration_error, class_weights, classification_loss,
 )
+from .detection import Candidates, blobs, candidates, froc, luna_score
 from .enhancement import Enhancer, Pair
 from medssl_nb.tasks.retrieval import (
     ExactIndex, FaissIndex, Siamese, average_precision, contrastive_loss, precision_at, reciprocal_rank, retrieval_scores,
@@ -22,5 +24,5 @@ _all_ = [
     "Classifier", "classification_loss", "class_weights", "calibration_curve", "calibration_error", "best_temperature",
     "Segmenter", "segmentation_loss", "LOSSES", "soft_dice", "soft_jaccard", "jaccard_loss", "focal_tversky", "tversky", "predict_volume",
     "Siamese", "contrastive_loss", "ExactIndex", "FaissIndex", "precision_at", "average_precision", "reciprocal_rank", "retrieval_scores",
-    "Enhancer", "Pair",
+    "Enhancer", "Pair", "blobs", "candidates", "Candidates", "froc", "luna_score",
 ]
