@@ -6,7 +6,7 @@
 All rows of a board have the same images, the same time of pre-training (20 s of one core; on a GPU 300 s) and the same fine-tuning: so
 many steps from each share of the labelled patients, a smaller share lying in each larger one. Validation patients choose the strength
 of the probe and the step of the fine-tuning; test patients are scored once. `random` is the network without pre-training; methods that
-need another network (see benchmarks/methods.py) have a `random` row of it. `supervised` is the same network pre-trained for the same time
+need another network, or other modalities (see benchmarks/methods.py), have a `random` row of their own. `supervised` is the same network pre-trained for the same time
 with the labels of all the images that the others see without.
 
 - cohort_2d, cohort_3d: the built-in cohort; the width of the ventricles, 0 to 4; quadratic weighted kappa. In 3D the questions are asked of
@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from methods import BATCH, LR, MODALITIES, NETWORKS, PATIENTS, create, encoder_of, network_of, opened, parts_for, representation, save, spread, steps_within, training
+from methods import BATCH, LR, MODALITIES, NETWORKS, PATIENTS, create, encoder_of, modalities_of, network_of, opened, parts_for, representation, save, spread, steps_within, training
 
 from medssl_nb import ssl
 from medssl_nb.data import ImageSet, folder
@@ -83,36 +83,42 @@ def parts(board, row):
     "Images without labels, and training, validation and test: with the modalities that the row's network sees."
     if board == "chest_x_ray":
         return chest_x_rays()
-    (unlabelled, *labelled), side = parts_for(row, BOARDS[board].dims), BOARDS[board].middle
+    dims, side = BOARDS[board].dims, BOARDS[board].middle
+    unlabelled, *labelled = parts_for(random_rows(dims).get(row, row), dims)
     return [unlabelled, *(middle_of(part, side) if side else part for part in labelled)]
 
 
-def random_row(network):
-    "The row of a network without pre-training."
-    return "random" if network == "resnet18" else f"random, {network}"
+def start_of(method, dims):
+    "The network that a method starts from, and how many modalities it sees if more than one: what its random row must share."
+    seen = len(modalities_of(method)[1])
+    return network_of(method, dims) + (f", {seen} modalities" if seen > 1 else "")
+
+
+def random_rows(dims):
+    "The rows without pre-training, each with the first of the methods that are compared with it."
+    methods = [card.name for card in reversed(ssl.cards()) if dims in card.dims]
+    rows = {f"random, {start_of(name, dims)}": name for name in methods}
+    return {"random": rows.pop("random, resnet18"), **rows}
 
 
 def rows_of(board):
     "Every row of a board: random weights, the methods, full supervision."
     dims = BOARDS[board].dims
     methods = [card.name for card in ssl.cards() if dims in card.dims and not (board == "chest_x_ray" and card.name in MODALITIES)]
-    networks = dict.fromkeys(["resnet18", *(network_of(name, dims) for name in methods)])
-    return [*map(random_row, networks), *methods, "supervised"]
+    starts = [row for row, method in random_rows(dims).items() if method in methods]
+    return [*starts, *methods, "supervised"]
 
 
 def model_of(board, row, seed):
-    "What is pre-trained, None for random weights; the encoder that is scored afterwards; and the name of its network."
-    shape = BOARDS[board]
-    network = row.removeprefix("random, ") if row.startswith("random, ") else "resnet18"
-    if network == "vit of pixels":  # its features are the method's
-        return None, representation(create("image_gpt", shape.dims, seed)[0]), network
-    if row.startswith("random"):
-        return None, encoder_of(network, shape.dims, seed), network
+    "What is pre-trained, None for random weights; the encoder that is scored afterwards; and its network before (`start_of`)."
+    shape, starts = BOARDS[board], random_rows(BOARDS[board].dims)
+    if row in starts:
+        return None, representation(create(starts[row], shape.dims, seed)[0]), start_of(starts[row], shape.dims)
     if row == "supervised":
-        model = Classifier(encoder_of(network, shape.dims, seed), shape.classes, shape.kind)
-        return model, model.encoder, network
-    model, network = create(row, shape.dims, seed)
-    return model, representation(model), network
+        model = Classifier(encoder_of("resnet18", shape.dims, seed), shape.classes, shape.kind)
+        return model, model.encoder, "resnet18"
+    model = create(row, shape.dims, seed)[0]
+    return model, representation(model), start_of(row, shape.dims)
 
 
 def setting_of(board, row, network):
