@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 
 from leaderboard import BOARDS, BUDGETS, model_of, parts, setting_of
-from methods import opened, save, spread, steps_within
+from methods import on, opened, save, spread, steps_within
 
 from medssl_nb.evaluate.protocols import finetune
 from medssl_nb.train.fit import fit
@@ -24,7 +24,7 @@ def score(encoder, seed):
     "The fine-tuning from the labelled quarter."
     _, train, validation, test = parts(BOARD, "simclr")
     options = {**BOARDS[BOARD].tuning, "task": "classification", "kind": BOARDS[BOARD].kind}
-    return finetune(encoder, train.fraction(SHARE, seed), validation, test, seed=seed, device="cpu", progress=False, **options).score
+    return finetune(encoder, train.fraction(SHARE, seed), validation, test, seed=seed, **on("cpu"), **options).score
 
 
 def cell(method, seed, steps):
@@ -33,7 +33,7 @@ def cell(method, seed, steps):
     found = {"random": score(model_of(BOARD, method, seed)[1], seed)}
     for name, images in (("own", train.fraction(SHARE, seed)), ("corpus", corpus)):
         model, encoder, network = model_of(BOARD, method, seed)
-        fit(model, images, steps=steps, seed=seed, device="cpu", progress=False, **setting_of(BOARD, method, network))
+        fit(model, images, steps=steps, seed=seed, **on("cpu"), **setting_of(BOARD, method, network))
         found[name] = score(encoder, seed)
     return found
 

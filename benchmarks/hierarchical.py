@@ -20,7 +20,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from methods import opened, save
+from methods import on, opened, save
 
 from medssl_nb import nets, ssl
 from medssl_nb.data import cohort
@@ -69,8 +69,8 @@ def stage(kind, encoder, seed, images, budget, device, on_step=None):
         model = Classifier(encoder, len(images["natural"].classes))
     else:
         model = ssl.create("byol", encoder, hidden=128, dim=32, momentum=0.99, views={"size": (budget["view"],) * 2, "flip_axes": (1,)})
-    fit(model, images["domain" if kind == "domain" else "natural"], steps=steps, batch_size=budget["batch"], lr=3e-3, seed=seed, device=device,
-        progress=False, on_step=on_step)
+    fit(model, images["domain" if kind == "domain" else "natural"], steps=steps, batch_size=budget["batch"], lr=3e-3, seed=seed, on_step=on_step,
+        **on(device))
     encoder.cpu()
 
 
@@ -131,7 +131,7 @@ def segmented(encoder, images, count, seed, budget, device):
             best.update(score=curve[-1][1], step=step, state={k: v.clone() for k, v in model.state_dict().items()})
 
     fit(model, images["domain"].fraction(count, seed), steps=budget["steps"], batch_size=budget["slices a step"], lr=budget["lr"], seed=seed,
-        device=device, progress=False, on_step=look)
+        on_step=look, **on(device))
     model.load_state_dict(best["state"])
     overlap, twice = examined(model, test)
     return {"jaccard": float(overlap.nanmean()), "dice": float(twice.nanmean()), "tissues": overlap.nanmean(0).tolist(), "chosen": best["step"],

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from methods import IN_3D, MODALITIES, OPTIONS, WANTS, opened, save, steps_within
+from methods import IN_3D, MODALITIES, OPTIONS, WANTS, on, opened, save, steps_within
 from networks import whole
 
 from medssl_nb import nets, ssl
@@ -90,7 +90,7 @@ def dice_of(network, parts, seed, steps, device):
     found = {}
     for count in LABELLED:
         result = finetune(network, labelled.fraction(count), validation, test, steps=steps, batch_size=2, lr=5e-3, seed=seed,
-                          evaluate_every=max(1, steps // 2), device=device, progress=False)
+                          evaluate_every=max(1, steps // 2), **on(device))
         found[str(count)] = {"dice": result.score, "step": result.chosen}
     return found
 
@@ -106,7 +106,7 @@ def measured(row, seed, parts, args, found):
     if row not in found["steps"]:
         found["steps"][row] = steps_within(args.seconds, make(), parts[0], args.device, **setting)
     model = make()
-    fit(model, parts[0], steps=found["steps"][row], seed=seed, device=args.device, progress=False, **setting)
+    fit(model, parts[0], steps=found["steps"][row], seed=seed, **on(args.device), **setting)
     model.cpu()
     cells = {row: {"steps": found["steps"][row], **score(model.encoder)}}
     if args.decoders and isinstance(getattr(model, "decoder", None), Decoder) and row != "global_local":  # its decoder enlarges in another way

@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from methods import BATCH, LR, MODALITIES, NETWORKS, PATIENTS, create, encoder_of, modalities_of, network_of, opened, parts_for, representation, save, spread, steps_within, training
+from methods import BATCH, LR, MODALITIES, NETWORKS, PATIENTS, create, encoder_of, modalities_of, network_of, on, opened, parts_for, representation, save, spread, steps_within, training
 
 from medssl_nb import ssl
 from medssl_nb.data import ImageSet, folder
@@ -140,7 +140,7 @@ def pretrained(board, row, seed, budget, steps, weights):
     setting = setting_of(board, row, network)
     if row not in steps:
         steps[row] = steps_within(budget["seconds"], model_of(board, row, 0)[0], images, budget["device"], **setting)
-    fit(model, images, steps=steps[row], seed=seed, device=budget["device"], progress=False, **setting)
+    fit(model, images, steps=steps[row], seed=seed, **on(budget["device"]), **setting)
     save_encoder(model.cpu().encoder, path, board=board, method=row, steps=steps[row], seed=seed)
     return encoder, network, steps[row]
 
@@ -151,7 +151,7 @@ def tuned(board, encoder, labelled, seed, budget):
     options = {**shape.tuning, **{key: shape.tuning[key] * budget["more"] for key in ("steps", "evaluate_every")}}
     for share in shape.shares:
         part = labelled[0].fraction(share, seed)
-        result = finetune(encoder, part, *labelled[1:], task="classification", kind=shape.kind, seed=seed, device=budget["device"], progress=False, **options)
+        result = finetune(encoder, part, *labelled[1:], task="classification", kind=shape.kind, seed=seed, **on(budget["device"]), **options)
         found[f"{share:g}"] = {"score": result.score, "step": result.chosen, "decided": "".join(map(str, result.predicted.tolist()))}
     return found
 

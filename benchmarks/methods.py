@@ -127,9 +127,14 @@ def probes(encoder, parts):
     return {"linear_probe": linear.score, "knn": near.score}
 
 
+def on(device):
+    "Options of every training: where, in which precision, without a bar. On a CPU float32, whatever it could do faster: a table begun on one can be finished on another."
+    return {"device": device, "precision": "auto" if device.startswith("cuda") else "fp32", "progress": False}
+
+
 def steps_within(seconds, method, images, device, **setting):
     "How many steps of a training fit into the seconds; the first, slow one is taken by the way."
-    setting = {**setting, "device": device, "progress": False}
+    setting = {**setting, **on(device)}
     fit(method, images, steps=1, **setting)
     # Processor time on a CPU: what else runs on the machine must not shorten a training.
     clock = time.perf_counter if device.startswith("cuda") else lambda: time.process_time() / torch.get_num_threads()
@@ -152,7 +157,7 @@ def cell(name, dims, seed, parts, steps, device, untrained, weights):
         untrained[start] = probes(representation(method), labelled)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        history = fit(method, unlabelled, steps=steps, lr=LR.get(network, 3e-3), seed=seed, device=device, progress=False, **training(name, dims))
+        history = fit(method, unlabelled, steps=steps, lr=LR.get(network, 3e-3), seed=seed, **on(device), **training(name, dims))
     window = max(1, steps // 20)
     terms = {term: [sum(v[:window]) / window, sum(v[-window:]) / window] for term, v in history.terms.items()}
     health = {what: values[-1] for what, values in history.health.items() if what != "step"}

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from methods import opened, save
+from methods import on, opened, save
 
 from medssl_nb import nets
 from medssl_nb.data import ImageSet, decathlon
@@ -58,7 +58,7 @@ def train_and_score(recipe, parts, seed, steps, lr, batch, device):
     "One training: the mean Dice of the test cases, and each of them."
     torch.manual_seed(seed)
     result = finetune(nets.create(**recipe), *parts, steps=steps, batch_size=batch, size=SIZE, lr=lr, seed=seed,
-                      evaluate_every=max(1, steps // 2), device=device, progress=False)
+                      evaluate_every=max(1, steps // 2), **on(device))
     return {"dice": result.score, "cases": [round(float(c), 4) for c in torch.as_tensor(result.cases).float().nanmean(-1)], "step": result.chosen,
             "curve": [[step, round(score, 4)] for step, score in result.curve]}
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from methods import opened, save
+from methods import on, opened, save
 
 from medssl_nb import nets, ssl
 from medssl_nb.data import ImageSet, cohort
@@ -70,7 +70,7 @@ def dice_of(result, test):
 
 def cell(row, seed, unlabelled, parts, device):
     "One pre-training and two fine-tunings."
-    encoder, terms, common = encoder_of(seed), {}, {"seed": seed, "device": device, "progress": False}
+    encoder, terms, common = encoder_of(seed), {}, {"seed": seed, **on(device)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a collapse is told by its score
         if ROWS[row] is not None:

@@ -16,6 +16,7 @@ from medssl_nb.nets.base import (
 from medssl_nb.nets.inspection import activation_bytes, count_parameters, draw, flow, multiply_adds, step_bytes
 from medssl_nb.nets.resnet import resnet18, resnet50
 from medssl_nb.nets.unet import Decoder, UNet, UNetEncoder, unet
+from medssl_nb.train.fit import small_maps_in_float32
 
 EVERY = [(card.name, dims) for card in cards() for dims in card.dims]
 every = pytest.mark.parametrize("name, dims", EVERY)
@@ -79,7 +80,7 @@ def test_one_step_learns_in_float32_and_bfloat16(name, dims):
     for bf16 in (False, True):
         network = small(name, dims)
         before = copy.deepcopy(network.state_dict())
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16), small_maps_in_float32(network):
             loss = value(network, images(dims))
         loss.backward()
         assert torch.isfinite(loss)

@@ -16,7 +16,7 @@ from torch import nn
 
 from medssl_nb.data.images import ImageSet
 from medssl_nb.nets.base import create_encoder
-from medssl_nb.train.fit import choose_device, choose_precision, fit, load_whole, make_optimiser, rate_at, save_whole, seed_of
+from medssl_nb.train.fit import choose_device, choose_precision, fit, load_whole, make_optimiser, rate_at, save_whole, seed_of, small_maps_in_float32
 from medssl_nb.train.health import CollapseWarning, alignment, diagnosis, effective_rank, health, spread, uniformity
 from medssl_nb.train.weights import change_channels, inflate, load_encoder, save_encoder, transfer
 
@@ -162,6 +162,71 @@ def test_refresh_adversary_and_after_step_are_called(images):
 def test_bf16_trains(images):
     history = fit(Mean(), images, steps=3, **{**RUN, "precision": "bf16"})
     assert all(torch.isfinite(torch.tensor(history.terms["loss"])))
+
+
+class Watched:
+    "A convolution that notes whether autocast was on."
+
+    def forward(self, x):
+        self.__dict__.setdefault("seen", set()).add(torch.is_autocast_enabled("cpu"))
+        return super().forward(x)
+
+
+class WatchedConv(Watched, nn.Conv3d):
+    pass
+
+
+class WatchedTransposed(Watched, nn.ConvTranspose3d):
+    pass
+
+
+@pytest.mark.parametrize("space, lowered", [((2, 2, 2), False), ((3, 8, 8), False), ((4, 4, 4), True), ((8, 8, 8), True)])
+def test_small_maps_do_without_autocast(space, lowered):
+    torch.manual_seed(0)
+    conv, x = WatchedConv(4, 16, 3, padding=1), torch.randn(4, 4, *space)
+    with small_maps_in_float32(conv), torch.autocast("cpu", torch.bfloat16):
+        out = conv(x)
+    out.square().mean().backward()
+    assert conv.seen == {lowered} and out.dtype == torch.bfloat16
+    gradient, conv.weight.grad = conv.weight.grad, None
+    conv(x).square().mean().backward()
+    assert (gradient - conv.weight.grad).norm() < 0.01 * conv.weight.grad.norm()
+
+
+def test_small_maps_leave_the_model_as_it_was():
+    conv = WatchedConv(1, 2, 3, padding=1)
+    with pytest.raises(RuntimeError), small_maps_in_float32(conv), torch.autocast("cpu", torch.bfloat16):
+        conv(torch.zeros(1, 2, 2, 2, 2))  # two channels where it wants one
+    with torch.autocast("cpu", torch.bfloat16):
+        conv(torch.zeros(1, 1, 2, 2, 2))
+    assert conv.seen == {False, True}
+    with small_maps_in_float32(conv):
+        assert conv(torch.zeros(1, 1, 2, 2, 2)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("n, lowered", [(1, False), (2, True), (3, True)])
+def test_a_transposed_convolution_is_asked_for_the_map_it_makes(n, lowered):
+    conv = WatchedTransposed(2, 4, 2, stride=2)
+    with small_maps_in_float32(conv), torch.autocast("cpu", torch.bfloat16):
+        assert conv(torch.zeros(1, 2, n, n, n)).shape[2:] == (2 * n,) * 3
+    assert conv.seen == {lowered}
+
+
+def test_fit_keeps_small_maps_in_float32():
+    class Shrinking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wide, self.deep = WatchedConv(1, 4, 3, padding=1), WatchedConv(4, 4, 3, padding=1)
+
+        def pretext(self, batch, generator):
+            return batch.x
+
+        def forward(self, x):
+            return {"loss": self.deep(nn.functional.avg_pool3d(self.wide(x), 4)).square().mean()}
+
+    model = Shrinking()
+    fit(model, ImageSet(torch.randn(4, 1, 8, 8, 8)), steps=1, batch_size=2, device="cpu", precision="bf16", progress=False)
+    assert model.wide.seen == {True} and model.deep.seen == {False}
 
 
 @pytest.mark.parametrize("wrong, said", [(dict(steps=0), "at least 1"), (dict(device="cuda"), "no usable GPU"), (dict(precision="fp16"), "CUDA"), (dict(precision="half"), "unknown")])

@@ -2,10 +2,11 @@
 
 # %% auto #0
 __all__ = ['fit', 'History', 'save_encoder', 'load_encoder', 'transfer', 'TransferReport', 'change_channels', 'inflate', 'spread',
-           'effective_rank', 'alignment', 'uniformity', 'diagnosis', 'CollapseWarning', 'processes', 'join_batchnorm']
+           'effective_rank', 'alignment', 'uniformity', 'diagnosis', 'CollapseWarning', 'processes', 'join_batchnorm',
+           'small_maps_in_float32']
 
 # %% ../../nbs/reference/train.ipynb #79a939c9
-from .fit import fit, History
+from .fit import fit, History, small_maps_in_float32
 from .weights import save_encoder, load_encoder, transfer, TransferReport, change_channels, inflate
 from .health import spread, effective_rank, alignment, uniformity, diagnosis, CollapseWarning
 from .distributed import processes, join_batchnorm
@@ -13,5 +14,5 @@ from .distributed import processes, join_batchnorm
 _all_ = [
     "fit", "History", "save_encoder", "load_encoder", "transfer", "TransferReport", "change_channels",
     "inflate", "spread", "effective_rank", "alignment", "uniformity", "diagnosis", "CollapseWarning",
-    "processes", "join_batchnorm",
+    "processes", "join_batchnorm", "small_maps_in_float32",
 ]
