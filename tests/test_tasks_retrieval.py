@@ -95,7 +95,6 @@ def test_missing_faiss_says_what_to_install(monkeypatch):
 
 
 def test_faiss_looking_into_all_cells_is_exact_and_few_cells_find_most():
-    pytest.importorskip("faiss")
     centres = draw(20, 8, seed=4)
     z = centres.repeat(20, 1) + 0.3 * draw(400, 8, seed=5)
     patients, asking = [i % 50 for i in range(400)], [i % 50 for i in range(60)]
@@ -110,7 +109,6 @@ def test_faiss_looking_into_all_cells_is_exact_and_few_cells_find_most():
 
 
 def test_faiss_says_what_it_could_not_find():
-    pytest.importorskip("faiss")
     z = torch.cat([torch.tensor([[1.0, 0.0]]) + 0.01 * draw(3, 2), torch.tensor([[-1.0, 0.0]]) + 0.01 * draw(5, 2, seed=1)])
     index = FaissIndex(z, range(8), cells=2, probes=1)
     cosine, places = index.search(torch.tensor([[1.0, 0.0]]), ["new"], 5)

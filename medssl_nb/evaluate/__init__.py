@@ -5,7 +5,8 @@ __all__ = ['accuracy', 'balanced_accuracy', 'kappa', 'auroc', 'dice', 'jaccard',
            'psnr', 'ssim', 'mean_and_spread', 'knn', 'linear_probe', 'finetune', 'label_efficiency', 'convergence',
            'Result', 'summary', 'to_markdown', 'cross_validate', 'folds_of', 'out_of_fold', 'pooled', 'slices_of',
            'by_patient', 'Interval', 'bootstrap', 'student', 'paired_difference', 'against', 'holm', 'ranking',
-           'critical_difference', 'PowerLaw', 'fit_power_law', 'power_law_intervals']
+           'critical_difference', 'PowerLaw', 'fit_power_law', 'power_law_intervals', 'photographs', 'one_channel',
+           'generalist']
 
 # %% ../../nbs/reference/evaluate.ipynb #44b58cfb
 from .designs import by_patient, cross_validate, folds_of, out_of_fold, pooled, slices_of
@@ -15,7 +16,7 @@ from medssl_nb.evaluate.metrics import (
 from medssl_nb.evaluate.protocols import (
     knn, linear_probe, finetune, label_efficiency, convergence, Result, summary, to_markdown,
 )
-from .scaling import PowerLaw, fit_power_law, power_law_intervals
+from .scaling import PowerLaw, fit_power_law, generalist, one_channel, photographs, power_law_intervals
 from .statistics import Interval, against, bootstrap, critical_difference, holm, paired_difference, ranking, student
 
 _all_ = [
@@ -23,5 +24,5 @@ _all_ = [
     "mean_and_spread", "knn", "linear_probe", "finetune", "label_efficiency", "convergence", "Result", "summary", "to_markdown",
     "cross_validate", "folds_of", "out_of_fold", "pooled", "slices_of", "by_patient",
     "Interval", "bootstrap", "student", "paired_difference", "against", "holm", "ranking", "critical_difference",
-    "PowerLaw", "fit_power_law", "power_law_intervals",
+    "PowerLaw", "fit_power_law", "power_law_intervals", "photographs", "one_channel", "generalist",
 ]
