@@ -15,7 +15,6 @@ BOOK = nb.notebooks()
 @pytest.mark.parametrize("path", BOOK, ids=lambda p: p.relative_to(ROOT / "nbs").as_posix())
 def test_runs_quickly(path, monkeypatch):
     monkeypatch.setenv("MEDSSL_NB_QUICK", "1")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # two run at once
     nb.execute(path)
 
 
