@@ -166,12 +166,21 @@ def cell(name, dims, seed, parts, steps, device, untrained, weights):
             "random": untrained[start], **probes(representation(method), labelled)}
 
 
+def machine(device):
+    "The name of the GPU, or of the processor and what it computes with."
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    told = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in told if line.startswith("model name")]
+    return f"{(names or [platform.processor() or platform.machine()])[0]}, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def opened(path, setting, **empty):
     "What a benchmark's file holds, or a new one with the setting, versions and machine; SystemExit if it was made under another setting."
     setting = json.loads(json.dumps(setting))  # as a file has it
     if not path.exists():
-        machine = torch.cuda.get_device_name() if str(setting.get("device")).startswith("cuda") else platform.processor() or platform.machine()
-        return {"setting": {**setting, "torch": torch.__version__, "medssl_nb": version("medssl_nb"), "threads": torch.get_num_threads(), "machine": machine}, **empty}
+        made_with = {"torch": torch.__version__, "medssl_nb": version("medssl_nb"), "threads": torch.get_num_threads(), "machine": machine(str(setting.get("device")))}
+        return {"setting": {**setting, **made_with}, **empty}
     found = json.loads(path.read_text())
     if differ := [key for key in setting if found["setting"].get(key) != setting[key]]:
         raise SystemExit(f"{path} was made with another {', '.join(differ)}: give another --out, or remove it")

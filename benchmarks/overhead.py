@@ -12,13 +12,12 @@ overhead = step / network; the heads are network / encoder.
 """
 import argparse
 import json
-import platform
 import time
 from pathlib import Path
 
 import torch
 
-from methods import PATIENTS, create, modalities_of
+from methods import PATIENTS, create, machine, modalities_of
 from medssl_nb import ssl
 from medssl_nb.data import Batch, ImageSet
 
@@ -102,7 +101,7 @@ def main():
         for dims in [d for d in args.dims if d in known[name].dims]:
             found[f"{name} {dims}D"] = rounds(name, dims, args.batch, args.steps, args.device)
             print(f"{name} {dims}D: {found[f'{name} {dims}D']}", flush=True)
-    args.out.write_text(json.dumps({"machine": platform.processor() or platform.machine(), "device": args.device, "torch": torch.__version__,
+    args.out.write_text(json.dumps({"machine": machine(args.device), "device": args.device, "torch": torch.__version__,
                                     "batch": args.batch, "space": {str(k): v for k, v in SPACE.items()}, "rows": found}, indent=1))
     print(table(found))
 
