@@ -74,7 +74,7 @@ def one_channel(encoder):
     transfer(encoder, grey, kernels="sum")
     return grey
 
-
+# %% ../../nbs/5_using/06_generalist_specialist.ipynb #cb62fe65
 def generalist(name: str, pretrained: bool = True, **options):
     """timm's network of this name, such as "timm:resnet18", as an encoder for one channel with its kernels summed.
 
