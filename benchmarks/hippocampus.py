@@ -10,7 +10,7 @@ all: the U-Net's encoder (three levels from width 4, group norm: batches are of 
 encoder, and a new decoder, is fine-tuned for --steps steps of two volumes on 2, 5 and 10 labelled cases (each set holds the smaller
 one); eight other cases choose the step, thirty are scored once: Dice a case of the whole hippocampus. With --decoders a method that trains
 one hands on both in a second row, "... + decoder", in a U-Net with or without skips as it was trained. The row `random` starts as the others did
-before their pre-training. The seeds change first weights, crops and the pre-training, not the split. Methods that need another
+before their pre-training; `supervised` is pre-trained for the same time with the masks of all the volumes that the others see without. The seeds change first weights, crops and the pre-training, not the split. Methods that need another
 network (masked tokens) or several channels are left out. FOLDER is in the layout of the Medical Segmentation Decathlon (default:
 Task04_Hippocampus of ../shared/data or of the folder that MEDSSL_NB_DATA names). Finished cells are kept.
 """
@@ -28,6 +28,7 @@ from medssl_nb import nets, ssl
 from medssl_nb.data import ImageSet, decathlon
 from medssl_nb.evaluate.protocols import finetune
 from medssl_nb.nets.unet import Decoder, UNet
+from medssl_nb.tasks.segmentation import Segmenter
 from medssl_nb.train.fit import fit
 from medssl_nb.train.weights import transfer
 
@@ -44,11 +45,19 @@ ABLATION = {  # rows of PCRLv2's Table III that concern volumes
 
 
 def rows_of():
-    "What can be measured: row -> (method, options); `random` first."
+    "What can be measured: row -> (method, options); `random` first, `supervised` last."
     names = [card.name for card in ssl.cards() if 3 in card.dims and not WANTS.get(card.name, "").startswith("vit") and card.name not in MODALITIES]
     options = {name: {**OPTIONS.get(name, {}), **IN_3D.get(name, {}), **HERE.get(name, {})} for name in names}
     rows = {name: (name, options[name]) for name in names}
-    return {"random": (None, {}), **rows, **{row: ("pcrl_v2", {**options.get("pcrl_v2", {}), **more}) for row, more in ABLATION.items()}}
+    ablation = {row: ("pcrl_v2", {**options.get("pcrl_v2", {}), **more}) for row, more in ABLATION.items()}
+    return {"random": (None, {}), **rows, **ablation, "supervised": ("supervised", {})}
+
+
+def model_of(method, options, seed):
+    "What is pre-trained: a method, or the whole segmentation network."
+    if method == "supervised":
+        return Segmenter(network_from(encoder_of(seed), None, seed), 2)
+    return ssl.create(method, encoder_of(seed), **options)
 
 
 def encoder_of(seed):
@@ -102,10 +111,9 @@ def measured(row, seed, parts, args, found):
     if method is None:
         return {"random": score(encoder_of(seed))}
     setting = {"batch_size": 8, "size": tuple(n // args.spacing for n in CUBE), "lr": 3e-3}
-    make = lambda: ssl.create(method, encoder_of(seed), **options)
     if row not in found["steps"]:
-        found["steps"][row] = steps_within(args.seconds, make(), parts[0], args.device, **setting)
-    model = make()
+        found["steps"][row] = steps_within(args.seconds, model_of(method, options, seed), parts[0], args.device, **setting)
+    model = model_of(method, options, seed)
     fit(model, parts[0], steps=found["steps"][row], seed=seed, **on(args.device), **setting)
     model.cpu()
     cells = {row: {"steps": found["steps"][row], **score(model.encoder)}}
@@ -126,7 +134,7 @@ def table(found):
         dice = torch.tensor([cell["dice"][str(count)]["dice"] for cell in cells.values()])
         return f"{dice.mean():.3f}" + (f" ± {dice.std():.3f}" if len(dice) > 1 else "")
 
-    order = sorted(found["cells"], key=lambda row: (row != "random", -sum(c["dice"]["2"]["dice"] for c in found["cells"][row].values()) / len(found["cells"][row])))
+    order = sorted(found["cells"], key=lambda row: (row == "supervised", row != "random", -sum(c["dice"]["2"]["dice"] for c in found["cells"][row].values()) / len(found["cells"][row])))
     rows = ["| start | steps of pre-training | " + " | ".join(f"Dice, {n} cases" for n in LABELLED) + " |", "| --- " * (2 + len(LABELLED)) + "|"]
     for row in order:
         cells = found["cells"][row]

@@ -179,7 +179,7 @@ def table(found):
     shares = [f"{s:g}" for s in found["setting"]["shares"]]
     score = lambda row, share: [c["finetune"][share]["score"] for c in found["cells"][row].values()]
     mean = lambda row: sum(score(row, shares[0])) / len(score(row, shares[0]))
-    order = sorted(found["cells"], key=lambda row: (row == "supervised", not row.startswith("random"), -mean(row)))
+    order = sorted(found["cells"], key=lambda row: (row == "supervised", not row.startswith("random"), row != "random", -mean(row)))
     lines = [f"| {found['setting']['metric']} | steps | linear probe | kNN | " + " | ".join(f"{float(s):.0%} of the labels" for s in shares) + " |", "| --- " * (4 + len(shares)) + "|"]
     for row in order:
         cells = list(found["cells"][row].values())

@@ -33,6 +33,19 @@ def test_every_method_has_a_row_and_random_weights_of_its_own_kind(leaderboard, 
         assert shapes[0] == shapes[1], name
 
 
+def test_hippocampi_begin_at_random_and_end_with_full_supervision(leaderboard):
+    import hippocampus
+
+    rows = hippocampus.rows_of()
+    assert list(rows)[0] == "random" and list(rows)[-1] == "supervised"
+    shapes = lambda network: {k: v.shape for k, v in network.state_dict().items()}
+    start = hippocampus.encoder_of(0)
+    for row in ("simclr", "pcrl_v2, skips", "supervised"):
+        encoder = hippocampus.model_of(*rows[row], seed=0).encoder
+        assert shapes(encoder) == shapes(start), row
+        assert all((a == b).all() for a, b in zip(encoder.state_dict().values(), start.state_dict().values())), row
+
+
 def test_finished_cells_survive_a_kill(leaderboard, tmp_path, monkeypatch):
     made, path = [], tmp_path / "board.json"
 
