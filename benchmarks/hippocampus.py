@@ -10,9 +10,10 @@ all: the U-Net's encoder (three levels from width 4, group norm: batches are of 
 encoder, and a new decoder, is fine-tuned for --steps steps of two volumes on 2, 5 and 10 labelled cases (each set holds the smaller
 one); eight other cases choose the step, thirty are scored once: Dice a case of the whole hippocampus. With --decoders a method that trains
 one hands on both in a second row, "... + decoder", in a U-Net with or without skips as it was trained. The row `random` starts as the others did
-before their pre-training; `supervised` is pre-trained for the same time with the masks of all the volumes that the others see without. The seeds change first weights, crops and the pre-training, not the split. Methods that need another
-network (masked tokens) or several channels are left out. FOLDER is in the layout of the Medical Segmentation Decathlon (default:
-Task04_Hippocampus of ../shared/data or of the folder that MEDSSL_NB_DATA names). Finished cells are kept.
+before their pre-training; `supervised` is pre-trained for the same time with the masks of all the volumes that the others see without.
+The seeds change first weights, crops and the pre-training, not the split. Methods that need another network (masked tokens) or several
+channels are left out. FOLDER is in the layout of the Medical Segmentation Decathlon (default: Task04_Hippocampus of ../shared/data or of
+the folder that MEDSSL_NB_DATA names). Finished cells are kept.
 """
 import argparse
 import os

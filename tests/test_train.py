@@ -200,8 +200,9 @@ def test_small_maps_leave_the_model_as_it_was():
     with torch.autocast("cpu", torch.bfloat16):
         conv(torch.zeros(1, 1, 2, 2, 2))
     assert conv.seen == {False, True}
-    with small_maps_in_float32(conv):
+    with small_maps_in_float32(conv), small_maps_in_float32(conv):  # as where one training runs inside another
         assert conv(torch.zeros(1, 1, 2, 2, 2)).dtype == torch.float32
+    assert "forward" not in vars(conv)
 
 
 @pytest.mark.parametrize("n, lowered", [(1, False), (2, True), (3, True)])

@@ -84,7 +84,7 @@ def small_maps_in_float32(model: nn.Module):
         yield
     finally:
         for conv in convolutions:
-            del conv.forward
+            vars(conv).pop("forward", None)  # None: left already, where one training runs inside another
 
 # %% ../../nbs/6_practice/03_training.ipynb #0e6c6564
 def rate_at(step: int, steps: int, warmup: float = 0.05) -> float:
