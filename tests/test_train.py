@@ -200,9 +200,18 @@ def test_small_maps_leave_the_model_as_it_was():
     with torch.autocast("cpu", torch.bfloat16):
         conv(torch.zeros(1, 1, 2, 2, 2))
     assert conv.seen == {False, True}
-    with small_maps_in_float32(conv), small_maps_in_float32(conv):  # as where one training runs inside another
+    with small_maps_in_float32(conv):
         assert conv(torch.zeros(1, 1, 2, 2, 2)).dtype == torch.float32
     assert "forward" not in vars(conv)
+
+
+def test_a_training_inside_another_leaves_the_outer_one_guarded():
+    conv = WatchedConv(1, 2, 3, padding=1)
+    with small_maps_in_float32(conv), torch.autocast("cpu", torch.bfloat16):
+        with small_maps_in_float32(conv):
+            pass
+        conv(torch.zeros(1, 1, 2, 2, 2))
+    assert conv.seen == {False} and "forward" not in vars(conv)
 
 
 @pytest.mark.parametrize("n, lowered", [(1, False), (2, True), (3, True)])

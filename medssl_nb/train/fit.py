@@ -77,14 +77,15 @@ def _convolve(conv, x, *rest):
 @contextmanager
 def small_maps_in_float32(model: nn.Module):
     "Inside, the model's convolutions of small maps do without autocast: oneDNN's bf16 gradient of their weights is wrong on a CPU."
-    convolutions = [m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd)]
+    # Those that have a forward of their own are guarded already, where one training runs inside another.
+    convolutions = [m for m in model.modules() if isinstance(m, nn.modules.conv._ConvNd) and "forward" not in vars(m)]
     for conv in convolutions:
         conv.forward = partial(_convolve, conv)
     try:
         yield
     finally:
         for conv in convolutions:
-            vars(conv).pop("forward", None)  # None: left already, where one training runs inside another
+            del conv.forward
 
 # %% ../../nbs/6_practice/03_training.ipynb #0e6c6564
 def rate_at(step: int, steps: int, warmup: float = 0.05) -> float:
